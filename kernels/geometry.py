@@ -121,7 +121,8 @@ class Layout:
     """Where queries and keys stand: one dense batch, or sequences packed one after the other.
 
     Args:
-        num_keys: `S`, the tokens on the key axis (all sequences together when packed).
+        num_keys: `S`, the tokens on the key axis; when packed, where an operator has no raw keys,
+            at least the tokens of the longest sequence.
         cu_seqlens: int32 `[N + 1]`, the first query of each packed sequence; None when dense.
         cu_seqlens_k: the same for the keys; given whenever `cu_seqlens` is.
         positions: int32 `[T]` or `[B, T]`, each query's position inside its own sequence, where

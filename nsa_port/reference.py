@@ -107,9 +107,7 @@ def select_blocks(
             positions,
         )[0]
     S = q.shape[1] if num_keys is None else num_keys
-    scores = block_scores(
-        q, k_cmp, lse, cfg, num_keys=num_keys, scale=scale, positions=positions
-    )
+    scores = block_scores(q, k_cmp, lse, cfg, num_keys=num_keys, scale=scale, positions=positions)
     pos = _positions(q, S, positions)[:, :, None, None]
     block = torch.arange(scores.shape[-1], device=q.device)
     own = pos.div(cfg.select_block_size, rounding_mode="floor")

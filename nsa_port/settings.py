@@ -1,0 +1,57 @@
+"""The switches users have: environment variables, read when they matter and never at import."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+import warnings
+
+VARIABLES = {
+    "NSA_PORT_BACKEND": "backend to force: a name, or per operator: cuda,select_blocks=torch",
+    "NSA_PORT_FALLBACK": "what automatic choice does when it passes a backend over: warn or error",
+    "NSA_PORT_CHECK": "1 checks the data of device tensors too (synchronises with the device)",
+    "NSA_PORT_EMULATE": "AMD architecture that `rocm` emulates for CPU tensors, e.g. gfx942",
+}
+
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
+
+
+class NSAPortWarning(UserWarning):
+    """What nsa_port warns of: a backend passed over, a variable nobody reads."""
+
+
+def requested_backend() -> str:
+    """The text of `NSA_PORT_BACKEND`, `""` if unset."""
+    _warn_of_unknown_variables(tuple(name for name in os.environ if name.startswith("NSA_PORT_")))
+    return os.environ.get("NSA_PORT_BACKEND", "").strip()
+
+
+def fallback_is_error() -> bool:
+    """Whether `NSA_PORT_FALLBACK=error` forbids automatic choice to fall back."""
+    value = os.environ.get("NSA_PORT_FALLBACK", "").strip().lower() or "warn"
+    if value not in ("warn", "error"):
+        raise ValueError(f"NSA_PORT_FALLBACK must be warn or error, got {value!r}")
+    return value == "error"
+
+
+def check_device_data() -> bool:
+    """Whether `NSA_PORT_CHECK` asks to read device tensors for checking."""
+    value = os.environ.get("NSA_PORT_CHECK", "").strip().lower()
+    if value in _TRUE:
+        return True
+    if value in _FALSE:
+        return False
+    raise ValueError(f"NSA_PORT_CHECK must be 1 or 0, got {value!r}")
+
+
+@functools.lru_cache(maxsize=8)
+def _warn_of_unknown_variables(names: tuple[str, ...]) -> None:
+    for name in names:
+        if name not in VARIABLES:
+            near = difflib.get_close_matches(name, VARIABLES, n=1, cutoff=0)
+            warnings.warn(
+                f"{name} is not a variable of nsa_port; did you mean {near[0]}?",
+                NSAPortWarning,
+                stacklevel=2,
+            )
