@@ -2,27 +2,39 @@
 
 A backend is any object with the attributes of `Backend`. Its answer to a call is a tuple of
 `Reason`s: empty means accepted. Its work is done by a module that holds one function per operator;
-`OPERATORS` and the table below name them. An operator the module lacks is not supported.
+`OPERATORS` and the list below name them. An operator the module lacks is not supported.
 
 Tensors are `[B, T, H, D]`; `config` is an `NSAConfig`, `layout` a `Layout`, `scale` a float.
 Inputs are already checked (see `nsa_port.checks`), have a contiguous last dimension and otherwise
 any strides; outputs are new contiguous tensors in `q`'s dtype, `lse` in float32 (float64 for
 float64 inputs). Rows that see no key give `out = 0` and `lse = -inf`.
 
-| function | arguments | returns |
-|---|---|---|
-| `mean_compress` | `x, config, layout, num_blocks` | `y [B, num_blocks, HK, D]`; rows past the last block are 0 |
-| `mean_compress_backward` | `grad, config, layout` | `dx [B, layout.num_keys, HK, D]` |
-| `compressed_attention` | `q, k, v, config, layout, scale` | `out, lse [B, T, H]` |
-| `select_blocks` | `q, k_cmp, lse, config, layout, scale` | `int32 [B, T, HK, n]` |
-| `selected_attention` | `q, k, v, indices, config, layout, scale` | `out, lse` |
-| `window_attention` | `q, k, v, config, layout, scale` | `out, lse` |
-| `compressed_attention_backward`, `window_attention_backward` | `grad_out, grad_lse, q, k, v, out, lse, config, layout, scale` | `dq, dk, dv` |
-| `selected_attention_backward` | `grad_out, grad_lse, q, k, v, indices, out, lse, config, layout, scale` | `dq, dk, dv` |
-| `combine` | `o_cmp, o_slc, o_win, gates [B, T, H, 3]` | `out` |
-| `combine_backward` | `grad, o_cmp, o_slc, o_win, gates` | `d_cmp, d_slc, d_win, dgates` |
-| `nsa_attention` (optional) | `q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, config, layout, scale, needs_grad` | `WholeForward` |
-| `nsa_attention_backward` (with it) | `grad, q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, saved, config, layout, scale` | `dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates` |
+mean_compress(x, config, layout, num_blocks) -> y
+    y `[B, num_blocks, HK, D]`; rows past the last block are 0
+mean_compress_backward(grad, config, layout) -> dx
+    dx `[B, layout.num_keys, HK, D]`
+compressed_attention(q, k, v, config, layout, scale) -> out, lse
+    out `[B, T, H, Dv]`, lse `[B, T, H]`, here and below
+select_blocks(q, k_cmp, lse, config, layout, scale) -> indices
+    int32 `[B, T, HK, n]`
+selected_attention(q, k, v, indices, config, layout, scale) -> out, lse
+window_attention(q, k, v, config, layout, scale) -> out, lse
+compressed_attention_backward(grad_out, grad_lse, q, k, v, out, lse, config, layout, scale)
+    -> dq, dk, dv
+selected_attention_backward(grad_out, grad_lse, q, k, v, indices, out, lse, config, layout, scale)
+    -> dq, dk, dv
+window_attention_backward(grad_out, grad_lse, q, k, v, out, lse, config, layout, scale)
+    -> dq, dk, dv
+combine(o_cmp, o_slc, o_win, gates) -> out
+    gates `[B, T, H, 3]`
+combine_backward(grad, o_cmp, o_slc, o_win, gates) -> d_cmp, d_slc, d_win, dgates
+
+Optional, where one kernel for the whole pays (otherwise the parts run one after the other):
+
+nsa_attention(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, config, layout, scale,
+    needs_grad) -> WholeForward
+nsa_attention_backward(grad, q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, saved, config,
+    layout, scale) -> dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates
 
 `grad_lse` is None where nobody asked for it. `gates` may be expanded (stride 0); `dgates` has the
 shape `[B, T, H, 3]`. Key positions past a dense layout's last compressed block (`k_cmp` longer

@@ -101,8 +101,8 @@ class NSAConfig:
     @classmethod
     def from_ints(cls, values: list[int]) -> NSAConfig:
         """The inverse of `as_ints`."""
-        *sizes, score_map = (int(value) for value in values)
-        return cls(*sizes, score_map=SCORE_MAPS[score_map])
+        l, d, m, n, init, local, w, score_map = (int(value) for value in values)
+        return cls(l, d, m, n, init, local, w, SCORE_MAPS[score_map])
 
 
 _LEAST = {

@@ -13,7 +13,6 @@ import sys
 from types import ModuleType
 from typing import Any
 
-import nsa_port.backends
 from nsa_port import reference
 from nsa_port.functional import (
     combine,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from nsa_port import settings
 from nsa_port.backends.interface import Environment, TritonInfo
 
 _TRITON_DISTRIBUTIONS = (
@@ -32,7 +33,7 @@ def probe(device: torch.device) -> Environment:
         device.type,
         device.index,
         interpreter=os.environ.get("TRITON_INTERPRET") == "1",
-        emulate=os.environ.get("NSA_PORT_EMULATE", ""),
+        emulate=settings.value("NSA_PORT_EMULATE"),
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nsa_port import environment as machine
 from nsa_port import ops, registry
-from nsa_port.backends.interface import PARTS, Reason
+from nsa_port.backends.interface import PARTS, Backend, Reason
 from nsa_port.kernels.geometry import Layout, NSAConfig
 
 
@@ -39,7 +39,7 @@ def backends() -> tuple[BackendStatus, ...]:
     return tuple(_status(backend) for backend in registry.table())
 
 
-def _status(backend: registry.Backend) -> BackendStatus:
+def _status(backend: Backend) -> BackendStatus:
     default = machine.default_device()
     devices = [default] if default.type == "cpu" else [default, torch.device("cpu")]
     found = [backend.machine_reasons(machine.probe(device)) for device in devices]

@@ -263,13 +263,14 @@ def _(
     k: Tensor, config: list[int], cu_seqlens: Tensor | None, num_blocks: int | None, backend: str
 ) -> Tensor:
     cfg = NSAConfig.from_ints(config)
-    if num_blocks is None and cu_seqlens is not None:
-        num_blocks = torch.library.get_ctx().new_dynamic_size()
-    elif num_blocks is None:
-        num_blocks = torch.sym_max(
+    rows: int | torch.SymInt | None = num_blocks
+    if rows is None and cu_seqlens is not None:
+        rows = torch.library.get_ctx().new_dynamic_size()
+    elif rows is None:
+        rows = torch.sym_max(
             (k.shape[1] - cfg.block_size + cfg.block_stride) // cfg.block_stride, 0
         )
-    return k.new_empty(k.shape[0], num_blocks, k.shape[2], k.shape[3])
+    return k.new_empty((k.shape[0], rows, k.shape[2], k.shape[3]))
 
 
 @torch.library.custom_op(
@@ -450,7 +451,7 @@ def _(*args: Any) -> WholeForward:
 )
 def nsa_attention_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     tensors, args = args[: len(_INPUTS)], args[len(_INPUTS) :]
-    saved, where = WholeForward(grad, *args[:5]), args[5:]
+    saved, where = WholeForward._make((grad, *args[:5])), args[5:]
     config, layout, scale, needs_grad, backend = _unpack(where)
     q, gates = tensors[0], tensors[-1]
     problem = whole_problem(tensors, config, layout, needs_grad)

@@ -12,6 +12,7 @@ d block_stride, m select_block_size, n num_selected, w window_size, p a query's 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def compressed_attention(
 ) -> tuple[Tensor, Tensor]:
     """Eq. 8: softmax over the compressed blocks that are complete at the query. `out, lse`."""
     if cu_seqlens is not None:
-        return _per_sequence(
+        out, lse = _per_sequence(
             lambda S, pos, q, k, v: compressed_attention(
                 q, k, v, cfg, num_keys=S, scale=scale, positions=pos
             ),
@@ -75,6 +76,7 @@ def compressed_attention(
             cu_seqlens_k,
             positions,
         )
+        return out, lse
     S = q.shape[1] if num_keys is None else num_keys
     visible = _visible_compressed(_positions(q, S, positions), k_cmp.shape[1], cfg)
     return _attend(q, k_cmp, v_cmp, visible[:, :, None], scale)
@@ -166,7 +168,7 @@ def selected_attention(
 ) -> tuple[Tensor, Tensor]:
     """Eq. 11, 12: one softmax over all tokens of the chosen blocks with key <= p. `out, lse`."""
     if cu_seqlens is not None:
-        return _per_sequence(
+        out, lse = _per_sequence(
             lambda S, pos, q, idx, k, v: selected_attention(
                 q, k, v, idx, cfg, scale=scale, positions=pos
             ),
@@ -177,6 +179,7 @@ def selected_attention(
             cu_seqlens_k,
             positions,
         )
+        return out, lse
     S = k.shape[1]
     pos = _positions(q, S, positions)[:, :, None, None]
     key = torch.arange(S, device=q.device)
@@ -201,7 +204,7 @@ def window_attention(
 ) -> tuple[Tensor, Tensor]:
     """Section 3.3.3: softmax over the keys with `p - w < key <= p`. `out, lse`."""
     if cu_seqlens is not None:
-        return _per_sequence(
+        out, lse = _per_sequence(
             lambda S, pos, q, k, v: window_attention(q, k, v, cfg, scale=scale, positions=pos),
             (q,),
             (k, v),
@@ -210,6 +213,7 @@ def window_attention(
             cu_seqlens_k,
             positions,
         )
+        return out, lse
     pos = _positions(q, k.shape[1], positions)[:, :, None, None]
     key = torch.arange(k.shape[1], device=q.device)
     return _attend(q, k, v, (pos - cfg.window_size < key) & (key <= pos), scale)
@@ -240,14 +244,19 @@ def nsa_attention(
     positions: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Eq. 5 over the three branches, each with its own keys, values and softmax. `[B, T, H, Dv]`."""
-    where = dict(cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, positions=positions)
+    """Eq. 5: three branches, each with its own keys, values and softmax. `[B, T, H, Dv]`."""
+    where: dict[str, Any] = {
+        "scale": scale,
+        "cu_seqlens": cu_seqlens,
+        "cu_seqlens_k": cu_seqlens_k,
+        "positions": positions,
+    }
     S = k_slc.shape[1]
-    o_cmp, lse = compressed_attention(q, k_cmp, v_cmp, cfg, num_keys=S, scale=scale, **where)
+    o_cmp, lse = compressed_attention(q, k_cmp, v_cmp, cfg, num_keys=S, **where)
     with torch.no_grad():  # section 3.3.2: the choice of blocks is not differentiated
-        idx = select_blocks(q, k_cmp, lse, cfg, num_keys=S, scale=scale, **where)
-    o_slc, _ = selected_attention(q, k_slc, v_slc, idx, cfg, scale=scale, **where)
-    o_win, _ = window_attention(q, k_win, v_win, cfg, scale=scale, **where)
+        idx = select_blocks(q, k_cmp, lse, cfg, num_keys=S, **where)
+    o_slc, _ = selected_attention(q, k_slc, v_slc, idx, cfg, **where)
+    o_win, _ = window_attention(q, k_win, v_win, cfg, **where)
     return combine(o_cmp, o_slc, o_win, gates)
 
 

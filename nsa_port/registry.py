@@ -202,7 +202,7 @@ class Choice:
 def reasons(backend: Backend, environment: Environment, problem: Problem) -> tuple[Reason, ...]:
     """Every reason why `backend` does not run `problem` here."""
     found = backend.machine_reasons(environment)
-    operators = (problem.operator,)
+    operators: tuple[str, ...] = (problem.operator,)
     if problem.operator == "nsa_attention" and "nsa_attention" not in backend.kernels:
         operators = PARTS
     missing = [operator for operator in operators if operator not in backend.kernels]

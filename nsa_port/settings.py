@@ -21,28 +21,33 @@ class NSAPortWarning(UserWarning):
     """What nsa_port warns of: a backend passed over, a variable nobody reads."""
 
 
+def value(name: str) -> str:
+    """The text of a variable of `VARIABLES`, `""` if unset."""
+    return os.environ.get(name, "").strip()
+
+
 def requested_backend() -> str:
     """The text of `NSA_PORT_BACKEND`, `""` if unset."""
     _warn_of_unknown_variables(tuple(name for name in os.environ if name.startswith("NSA_PORT_")))
-    return os.environ.get("NSA_PORT_BACKEND", "").strip()
+    return value("NSA_PORT_BACKEND")
 
 
 def fallback_is_error() -> bool:
     """Whether `NSA_PORT_FALLBACK=error` forbids automatic choice to fall back."""
-    value = os.environ.get("NSA_PORT_FALLBACK", "").strip().lower() or "warn"
-    if value not in ("warn", "error"):
-        raise ValueError(f"NSA_PORT_FALLBACK must be warn or error, got {value!r}")
-    return value == "error"
+    text = value("NSA_PORT_FALLBACK").lower() or "warn"
+    if text not in ("warn", "error"):
+        raise ValueError(f"NSA_PORT_FALLBACK must be warn or error, got {text!r}")
+    return text == "error"
 
 
 def check_device_data() -> bool:
     """Whether `NSA_PORT_CHECK` asks to read device tensors for checking."""
-    value = os.environ.get("NSA_PORT_CHECK", "").strip().lower()
-    if value in _TRUE:
+    text = value("NSA_PORT_CHECK").lower()
+    if text in _TRUE:
         return True
-    if value in _FALSE:
+    if text in _FALSE:
         return False
-    raise ValueError(f"NSA_PORT_CHECK must be 1 or 0, got {value!r}")
+    raise ValueError(f"NSA_PORT_CHECK must be 1 or 0, got {text!r}")
 
 
 @functools.lru_cache(maxsize=8)
