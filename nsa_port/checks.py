@@ -175,7 +175,7 @@ def log_sum_exp(lse: Tensor, q: Tensor) -> None:
     expected = torch.promote_types(q.dtype, torch.float32)
     if lse.dtype != expected:
         raise TypeError(f"lse must be {expected} for q in {q.dtype}, got {lse.dtype}")
-    _device("lse", lse, q.device)
+    on_device("lse", lse, q.device)
 
 
 def branches(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor) -> None:
@@ -194,7 +194,7 @@ def gates(gates: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     """`gates` broadcasts to `[B, T, H, 3]`."""
     if not gates.is_floating_point():
         raise TypeError(f"gates must be floating point, got {gates.dtype}")
-    _device("gates", gates, device)
+    on_device("gates", gates, device)
     expected = (*shape, 3)
     fits = gates.dim() <= 4 and all(
         size in (1, want)
@@ -233,10 +233,11 @@ def _like(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
         raise TypeError(
             f"{other_name} must have the dtype of {name}, {tensor.dtype}, got {other.dtype}"
         )
-    _device(other_name, other, tensor.device)
+    on_device(other_name, other, tensor.device)
 
 
-def _device(name: str, tensor: Tensor, device: torch.device) -> None:
+def on_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    """The tensor is where the call's first tensor is."""
     if tensor.device != device:
         raise ValueError(f"{name} must be on {device}, got {tensor.device}")
 
@@ -249,7 +250,7 @@ def _same(what: str, value: int, other: str, expected: int) -> None:
 def _integers(name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.dtype != torch.int32:
         raise TypeError(f"{name} must be int32, got {tensor.dtype}")
-    _device(name, tensor, device)
+    on_device(name, tensor, device)
 
 
 def _within(name: str, tensor: Tensor, least: int, most: int) -> None:

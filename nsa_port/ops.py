@@ -72,6 +72,12 @@ def _run_backward(operator: str, backend: str, problem: Problem, *args: Any) -> 
         return registry.kernel(chosen, operator, "_backward")(*args)
 
 
+def _one_device(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+    """Fakes check this too: PyTorch asks them, not the body, when any tensor is a meta tensor."""
+    for name, tensor in zip(names, tensors, strict=True):
+        checks.on_device(name, tensor, tensors[0].device)
+
+
 def _lse_dtype(q: Tensor) -> torch.dtype:
     return torch.promote_types(q.dtype, torch.float32)
 
@@ -117,6 +123,7 @@ def _define_attention(operator: str, *, with_indices: bool) -> None:
 
     def fake(*args: Any) -> tuple[Tensor, Tensor]:
         q, _, v = args[:3]
+        _one_device(("q", "k", "v", "idx")[:count], args[:count])
         return (
             q.new_empty(*q.shape[:3], v.shape[3]),
             q.new_empty(q.shape[:3], dtype=_lse_dtype(q)),
@@ -224,6 +231,7 @@ def select_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, *where: Any) -> Tensor:
 
 @select_blocks.register_fake
 def _(q: Tensor, k_cmp: Tensor, lse: Tensor, config: list[int], *where: Any) -> Tensor:
+    _one_device(("q", "k_cmp", "lse"), (q, k_cmp, lse))
     shape = (*q.shape[:2], k_cmp.shape[2], NSAConfig.from_ints(config).num_selected)
     return q.new_empty(shape, dtype=torch.int32)
 
@@ -335,6 +343,7 @@ def _combine_problem(o_cmp: Tensor, gates: Tensor, needs_grad: bool) -> Problem:
 
 @combine.register_fake
 def _(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor, backend: str) -> Tensor:
+    _one_device(("o_cmp", "o_slc", "o_win", "gates"), (o_cmp, o_slc, o_win, gates))
     return _empty(o_cmp)
 
 
@@ -433,14 +442,15 @@ def nsa_attention(*args: Any) -> WholeForward:
 
 @nsa_attention.register_fake
 def _(*args: Any) -> WholeForward:
+    _one_device(_INPUTS, args[: len(_INPUTS)])
     q, v = args[0], args[2]
     config, needs_grad = NSAConfig.from_ints(args[len(_INPUTS)]), args[-2]
     B, T, H, _ = q.shape
     out = q.new_empty(B, T, H, v.shape[3])
-    branches = (_empty(out) if needs_grad else q.new_empty(0) for _ in range(3))
+    o_cmp, o_slc, o_win = (_empty(out) if needs_grad else q.new_empty(0) for _ in range(3))
     lse = q.new_empty(3, B, T, H, dtype=_lse_dtype(q))
     indices = q.new_empty(B, T, v.shape[2], config.num_selected, dtype=torch.int32)
-    return WholeForward(out, *branches, lse, indices)
+    return WholeForward(out, o_cmp, o_slc, o_win, lse, indices)
 
 
 @torch.library.custom_op(
