@@ -38,7 +38,15 @@ ENTRY_POINTS = "nsa_port.backends"
 
 
 class BackendUnavailable(RuntimeError):
-    """No backend may run the call: the text gives its shapes and every reason with a remedy."""
+    """No backend may run the call: the text gives its shapes and every reason with a remedy.
+
+    Args:
+        reasons: the same reasons as values, for programs.
+    """
+
+    def __init__(self, message: str, reasons: tuple[Reason, ...] = ()) -> None:
+        super().__init__(message)
+        self.reasons = reasons
 
 
 class UnknownBackend(BackendUnavailable, ValueError):
@@ -163,7 +171,35 @@ def table() -> tuple[Backend, ...]:
             name = point.name if point.name not in built_in else f"{point.name} ({point.value})"
             plugins[name] = BrokenBackend(name, point.value, error)
     fallback = built_in.pop("torch")
-    return (*built_in.values(), *plugins.values(), fallback)
+    return (*built_in.values(), *plugins.values(), *_plugged, fallback)
+
+
+_plugged: tuple[Backend, ...] = ()
+
+
+@contextmanager
+def plug_in(*backends: Backend) -> Iterator[None]:
+    """Know more backends inside the block, as if plug-ins had registered them.
+
+    Raises:
+        ValueError: a name is taken.
+    """
+    global _plugged
+    taken = {*names(), "auto"} & {backend.name for backend in backends}
+    if taken:
+        raise ValueError(f"backend names already taken: {', '.join(sorted(taken))}")
+    previous, _plugged = _plugged, (*_plugged, *backends)
+    _forget_table()
+    try:
+        yield
+    finally:
+        _plugged = previous
+        _forget_table()
+
+
+def _forget_table() -> None:
+    table.cache_clear()
+    parse_request.cache_clear()
 
 
 def _load(target: str) -> Backend:
@@ -266,7 +302,8 @@ def choose(problem: Problem, device: torch.device, request: str, *, part: bool =
     """
     choice = answer(problem, device, request, part=part)
     if choice.backend is None:
-        raise BackendUnavailable(_failure(choice))
+        asked = [found for name, found in choice.rejected if choice.forced in (None, name)]
+        raise BackendUnavailable(_failure(choice), sum(asked, ()))
     if choice.passed_over:
         _tell_fallback(choice)
     return choice
@@ -295,10 +332,15 @@ def kernel(backend: Backend, operator: str, suffix: str = "") -> Callable:
     module = importlib.import_module(backend.kernels[operator])
     function: Callable | None = getattr(module, operator + suffix, None)
     if function is None:
-        raise BackendUnavailable(
+        reason = Reason(
+            "operator_not_implemented",
             f"{backend.name} runs {operator} but has no {operator}{suffix}: "
-            f"{module.__name__} does not define it"
+            f"{module.__name__} does not define it",
+            value="missing",
+            bound=f"{module.__name__}.{operator}{suffix}",
+            remedy=f"NSA_PORT_BACKEND={backend.name},{operator}=torch",
         )
+        raise BackendUnavailable(str(reason), (reason,))
     return function
 
 
