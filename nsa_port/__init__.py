@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from nsa_port import reference
+from nsa_port.cache import NSACache
 from nsa_port.functional import (
     combine,
     compressed_attention,
@@ -25,6 +26,7 @@ from nsa_port.functional import (
 )
 from nsa_port.introspect import backends, explain
 from nsa_port.kernels.geometry import NSAConfig
+from nsa_port.module import NativeSparseAttention
 from nsa_port.registry import BackendUnavailable, UnknownBackend, use_backend
 from nsa_port.settings import NSAPortWarning
 
@@ -32,8 +34,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailable",
+    "NSACache",
     "NSAConfig",
     "NSAPortWarning",
+    "NativeSparseAttention",
     "UnknownBackend",
     "backends",
     "combine",
