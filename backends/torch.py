@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from nsa_port.backends.interface import OPERATORS, Environment, Problem, Reason
+from nsa_port.backends.interface import PARTS, Environment, Problem, Reason
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -14,7 +14,9 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class TorchBackend:
     name = "torch"
     level = 5
-    kernels: Mapping[str, str] = dict.fromkeys(OPERATORS, "nsa_port.kernels.eager")
+    kernels: Mapping[str, str] = dict.fromkeys(
+        ("mean_compress", *PARTS), "nsa_port.kernels.eager"
+    )
 
     def is_native(self, environment: Environment) -> bool:
         return True
