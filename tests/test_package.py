@@ -14,7 +14,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = {"nsa_port": ROOT / "nsa_port", "backends": ROOT / "backends", "kernels": ROOT / "kernels"}
+PACKAGES = {
+    "nsa_port": ROOT / "nsa_port",
+    "backends": ROOT / "backends",
+    "kernels": ROOT / "kernels",
+}
 
 
 def tracked(*folders: str) -> list[str]:
@@ -57,7 +61,9 @@ def test_sdist_holds_everything_needed_to_build_and_test(distributions: tuple[Pa
         found = {name.partition("/")[2] for name in sdist.getnames()}
     folders = ("nsa_port", "backends", "kernels", "tests", "ci", "*.md", "LICENSE", "*.toml")
     assert set(tracked(*folders)) - found == set()
-    assert not [name for name in found if name.startswith(("nsa_port/backends", "nsa_port/kernels"))]
+    assert not [
+        name for name in found if name.startswith(("nsa_port/backends", "nsa_port/kernels"))
+    ]
 
 
 def test_wheel_works_where_there_is_no_checkout(
