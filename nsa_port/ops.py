@@ -33,12 +33,16 @@ _ran: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def _problem(
     operator: str,
     named: dict[str, Tensor],
-    v: Tensor,
     config: NSAConfig,
     layout: Layout,
     needs_grad: bool,
 ) -> Problem:
-    q, k = list(named.values())[:2]
+    """What the registry decides on; `named` are the tensors: queries, keys, values come first.
+
+    Operators without keys or values have the sizes of their last tensor there.
+    """
+    tensors = list(named.values())
+    q, k, v = (tensors[min(i, len(tensors) - 1)] for i in range(3))
     return Problem(
         operator=operator,
         dtype=q.dtype,
@@ -99,7 +103,7 @@ def _attention_body(
     if indices is not None:
         checks.indices(indices, k, q.shape[1], config, layout)
     named = {"q": q, "k": k, "v": v} | ({} if indices is None else {"idx": indices})
-    problem = _problem(operator, named, v, config, layout, needs_grad)
+    problem = _problem(operator, named, config, layout, needs_grad)
     given = (q, k, v) if indices is None else (q, k, v, indices)
     (out, lse), name = _run(problem, q.device, backend, *given, config, layout, scale)
     _ran[lse] = name
@@ -134,7 +138,7 @@ def _define_attention(operator: str, *, with_indices: bool) -> None:
         given, (out, lse), where = args[:count], args[count : count + 2], args[count + 2 :]
         config, layout, scale, needs_grad, backend = _unpack(where)
         q, k, v = given[:3]
-        problem = _problem(operator, {"q": q, "k": k, "v": v}, v, config, layout, needs_grad)
+        problem = _problem(operator, {"q": q, "k": k, "v": v}, config, layout, needs_grad)
         return _run_backward(
             operator, backend, problem, grad_out, grad_lse, *given, out, lse, config, layout, scale
         )
@@ -225,7 +229,7 @@ def select_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, *where: Any) -> Tensor:
     checks.log_sum_exp(lse, q)
     checks.scale(scale)
     named = {"q": q, "k_cmp": k_cmp}
-    problem = _problem("select_blocks", named, k_cmp, config, layout, needs_grad)
+    problem = _problem("select_blocks", named, config, layout, needs_grad)
     return _run(problem, q.device, backend, q, k_cmp, lse, config, layout, scale)[0]
 
 
@@ -253,7 +257,7 @@ def mean_compress(
     checks.layout(layout, k.shape[0], k.shape[1], k.shape[1], k.device)
     if num_blocks is None:
         num_blocks = _count_blocks(cfg, layout)
-    problem = _problem("mean_compress", {"k": k, "_": k}, k, cfg, layout, k.requires_grad)
+    problem = _problem("mean_compress", {"k": k}, cfg, layout, k.requires_grad)
     out, name = _run(problem, k.device, backend, k, cfg, layout, num_blocks)
     _ran[out] = name
     return out
@@ -290,7 +294,7 @@ def mean_compress_backward(
     grad: Tensor, k: Tensor, config: list[int], cu_seqlens: Tensor | None, backend: str
 ) -> Tensor:
     cfg, layout = NSAConfig.from_ints(config), Layout(k.shape[1], cu_seqlens, cu_seqlens)
-    problem = _problem("mean_compress", {"k": k, "_": k}, k, cfg, layout, True)
+    problem = _problem("mean_compress", {"k": k}, cfg, layout, True)
     return _run_backward("mean_compress", backend, problem, grad, cfg, layout)
 
 
@@ -330,15 +334,15 @@ def combine(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor, backend:
     checks.branches(o_cmp, o_slc, o_win)
     checks.gates(gates, tuple(o_cmp.shape[:3]), o_cmp.device)
     expanded = gates.expand(*o_cmp.shape[:3], 3)
-    problem = _combine_problem(o_cmp, gates, o_cmp.requires_grad)
+    problem = _combine_problem(o_cmp, o_cmp.requires_grad)
     out, name = _run(problem, o_cmp.device, backend, o_cmp, o_slc, o_win, expanded)
     _ran[out] = name
     return out
 
 
-def _combine_problem(o_cmp: Tensor, gates: Tensor, needs_grad: bool) -> Problem:
-    named = {"o_cmp": o_cmp, "_": o_cmp, "gates": gates}
-    return _problem("combine", named, o_cmp, NSAConfig(), Layout(o_cmp.shape[1]), needs_grad)
+def _combine_problem(o_cmp: Tensor, needs_grad: bool) -> Problem:
+    layout = Layout(o_cmp.shape[1])
+    return _problem("combine", {"o_cmp": o_cmp}, NSAConfig(), layout, needs_grad)
 
 
 @combine.register_fake
@@ -356,7 +360,7 @@ def _(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor, backend: str) 
 def combine_backward(
     grad: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    problem = _combine_problem(o_cmp, gates, True)
+    problem = _combine_problem(o_cmp, True)
     expanded = gates.expand(*o_cmp.shape[:3], 3)
     *grads, dgates = _run_backward("combine", backend, problem, grad, o_cmp, o_slc, o_win, expanded)
     return (*grads, _sum_to(dgates, gates))
@@ -401,7 +405,7 @@ def whole_problem(
     tensors: Sequence[Tensor], config: NSAConfig, layout: Layout, grad: bool
 ) -> Problem:
     named = dict(zip(_INPUTS, tensors, strict=True))
-    return _problem("nsa_attention", named, named["v_cmp"], config, layout, grad)
+    return _problem("nsa_attention", named, config, layout, grad)
 
 
 @torch.library.custom_op(
