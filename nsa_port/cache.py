@@ -188,7 +188,7 @@ class NSACache:
                     f"{self.max_length} tokens, {counts[entry]} more do not fit"
                 )
         start, positions = None, None
-        if len(set(self._lengths)) == 1 and set(counts) == {num_rows}:
+        if _all_are(num_rows, counts) and _all_are(self._lengths[0], self._lengths):
             start = self._lengths[0]
         else:
             row = torch.arange(num_rows, dtype=torch.int32)
@@ -296,3 +296,8 @@ class NSACache:
         if min(numbers) < 0:
             raise ValueError(f"{name} must not be negative, got {list(numbers)}")
         return numbers
+
+
+def _all_are(value: int, numbers: tuple[int, ...]) -> bool:
+    """Whether all `numbers` are `value`; unlike a set of them, one graph serves other numbers."""
+    return all(number == value for number in numbers)
