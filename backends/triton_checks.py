@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from packaging.version import InvalidVersion, Version
 
@@ -82,6 +84,7 @@ def dtype_reasons(name: str, problem: Problem, *, bfloat16: bool = True) -> tupl
     )
 
 
+@functools.lru_cache(maxsize=8)
 def _at_least(version: str, least: str) -> bool:
     try:
         return Version(Version(version).base_version) >= Version(least)

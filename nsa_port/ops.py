@@ -63,15 +63,13 @@ def _problem(
 
 def _run(problem: Problem, device: torch.device, backend: str, *args: Any) -> tuple[Any, str]:
     """The result of the chosen backend's kernel, and the backend's name."""
-    chosen = registry.choose(problem, device, backend).backend
-    assert chosen is not None
+    chosen = registry.choose(problem, device, backend)
     with torch.no_grad():
         return registry.kernel(chosen, problem.operator)(*args), chosen.name
 
 
 def _run_backward(operator: str, backend: str, problem: Problem, *args: Any) -> Any:
-    chosen = registry.choose(problem, args[0].device, backend).backend
-    assert chosen is not None
+    chosen = registry.choose(problem, args[0].device, backend)
     with torch.no_grad():
         return registry.kernel(chosen, operator, "_backward")(*args)
 
@@ -340,9 +338,13 @@ def combine(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor, backend:
     return out
 
 
+_NO_CONFIG = NSAConfig()
+"""`combine` has no blocks; whatever a backend's choice depends on, this is not it."""
+
+
 def _combine_problem(o_cmp: Tensor, needs_grad: bool) -> Problem:
     layout = Layout(o_cmp.shape[1])
-    return _problem("combine", {"o_cmp": o_cmp}, NSAConfig(), layout, needs_grad)
+    return _problem("combine", {"o_cmp": o_cmp}, _NO_CONFIG, layout, needs_grad)
 
 
 @combine.register_fake

@@ -293,38 +293,58 @@ def _not_chosen(name: str, forced: str | None, chosen: Backend | None) -> Reason
 # --------------------------------------------------------------------------- calls
 
 
-def choose(problem: Problem, device: torch.device, request: str, *, part: bool = False) -> Choice:
+def choose(problem: Problem, device: torch.device, request: str, *, part: bool = False) -> Backend:
     """Choose for a call on `device`; `request` is the call's own text, see `request_text`.
 
     Raises:
         BackendUnavailable: the forced backend cannot run it, nothing can, or automatic choice
             would fall back under `NSA_PORT_FALLBACK=error`.
     """
+    backend = _first_choice(problem, device, request, part=part)
+    if backend is not None:
+        return backend
     choice = answer(problem, device, request, part=part)
     if choice.backend is None:
         asked = [found for name, found in choice.rejected if choice.forced in (None, name)]
         raise BackendUnavailable(_failure(choice), sum(asked, ()))
-    if choice.passed_over:
-        _tell_fallback(choice)
-    return choice
+    _tell_fallback(choice)
+    return choice.backend
+
+
+def _first_choice(
+    problem: Problem, device: torch.device, request: str, *, part: bool
+) -> Backend | None:
+    """The backend that `select` would look at first, if it takes the call.
+
+    Every call comes by here; `answer` gathers the reasons only when somebody needs them.
+    """
+    environment, name = machine.probe(device), _requested(problem, request, part=part)
+    for backend in table():
+        if backend.name == name or (name in (None, "auto") and backend.is_native(environment)):
+            return None if reasons(backend, environment, problem) else backend
+    return None
 
 
 def answer(problem: Problem, device: torch.device, request: str, *, part: bool) -> Choice:
-    layers = (parse_request(request), parse_request(settings.requested_backend()))
-    name = next(
-        filter(None, (layer.backend_for(problem.operator, part=part) for layer in layers)), None
-    )
+    """The whole answer for a call: the choice, and every reason against every other backend."""
+    name = _requested(problem, request, part=part)
     return select(table(), machine.probe(device), problem, name)
+
+
+def _requested(problem: Problem, request: str, *, part: bool) -> str | None:
+    for text in (request, settings.requested_backend()):
+        name = parse_request(text).backend_for(problem.operator, part=part)
+        if name:
+            return name
+    return None
 
 
 def choose_parts(problem: Problem, device: torch.device, request: str) -> dict[str, Backend]:
     """Choose for every part of `nsa_attention`; operator -> backend, in `PARTS`' order."""
-    chosen = {}
-    for operator in PARTS:
-        choice = choose(replace(problem, operator=operator), device, request, part=True)
-        assert choice.backend is not None
-        chosen[operator] = choice.backend
-    return chosen
+    return {
+        operator: choose(replace(problem, operator=operator), device, request, part=True)
+        for operator in PARTS
+    }
 
 
 def kernel(backend: Backend, operator: str, suffix: str = "") -> Callable:
