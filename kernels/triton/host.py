@@ -1,0 +1,123 @@
+"""What the host side of every operator needs: device, architecture, tuned tables, head dimensions."""
+
+from __future__ import annotations
+
+import json
+import math
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+LOG2_E = math.log2(math.e)
+
+_TABLES = Path(__file__).parent.parent / "configs"
+
+
+class HeadSplit(NamedTuple):
+    """A head dimension as the kernels cut it: `dim <= main + rest`, each a power of two or 0."""
+
+    dim: int
+    main: int
+    rest: int
+
+
+def split_head(dim: int) -> HeadSplit:
+    """The cut that pads least: 192 is 128 + 64, 100 is one tile of 128, 8 is one of 16.
+
+    Matrix units want at least 16 columns, so no part is smaller.
+    """
+    main = max(16, 1 << (dim.bit_length() - 1))
+    if dim <= main:
+        return HeadSplit(dim, main, 0)
+    rest = max(16, triton.next_power_of_2(dim - main))
+    return HeadSplit(dim, 2 * main, 0) if rest == main else HeadSplit(dim, main, rest)
+
+
+def split_arguments(key: HeadSplit, value: HeadSplit) -> dict[str, int]:
+    """Both head dimensions under the names that the kernels give them."""
+    return {
+        "DIM_K": key.dim,
+        "K_MAIN": key.main,
+        "K_REST": key.rest,
+        "DIM_V": value.dim,
+        "V_MAIN": value.main,
+        "V_REST": value.rest,
+    }
+
+
+def strides(tensor: Tensor) -> tuple[int, ...]:
+    """All strides but the last, 0 for dimensions of size 1, whose stride means nothing.
+
+    PyTorch leaves arbitrary numbers there, and each would compile a kernel of its own.
+    """
+    pairs = zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True)
+    return tuple(0 if size == 1 else stride for stride, size in pairs)
+
+
+def last_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a copy where its last dimension is not contiguous."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager:
+    """Make the tensor's device the one that kernels are launched on."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def bits_of(count: int) -> int:
+    """Steps that a binary search over `count` entries needs."""
+    return max(count, 1).bit_length() + 1
+
+
+def arch_of(tensor: Tensor) -> str:
+    """The architecture that kernels for this tensor are built for: `sm_90`, `gfx942`.
+
+    CPU tensors run wherever Triton's active driver says (an emulator, a compile-only driver), and
+    in the interpreter, which has no architecture, on `""`.
+    """
+    if tensor.is_cuda:
+        return _arch_of_device(tensor.device.index)
+    if triton.knobs.runtime.interpret:
+        return ""
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
+@cache
+def _arch_of_device(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@cache
+def tuned(arch: str, kernel: str, element_size: int, largest_dim: int) -> dict[str, int]:
+    """The tuned values of a kernel: the first entry of the architecture's table that fits.
+
+    An entry fits when the element is at most its `element_size` bytes wide and the largest head
+    dimension at most its `head_dim`. Architectures without a table take `generic`'s.
+
+    Raises:
+        ValueError: the head dimension is larger than any entry's.
+    """
+    for entry in load_table(arch)[kernel]:
+        if element_size <= entry["element_size"] and largest_dim <= entry["head_dim"]:
+            return {name: value for name, value in entry.items() if name not in _CONDITIONS}
+    raise ValueError(f"{kernel}: no entry for head dimension {largest_dim} on {arch or 'generic'}")
+
+
+@cache
+def load_table(arch: str) -> dict[str, list[dict[str, int]]]:
+    """The tuned table of an architecture, `generic` for one that has none."""
+    path = _TABLES / f"{arch or 'generic'}.json"
+    text = (path if path.exists() else _TABLES / "generic.json").read_text(encoding="utf-8")
+    return dict(json.loads(text)["kernels"])
+
+
+_CONDITIONS = ("element_size", "head_dim")

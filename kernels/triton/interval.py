@@ -1,0 +1,226 @@
+"""Attention over an interval of keys per query: the compressed branch and the window.
+
+Both are the same computation once `bounds.py` has said which rows a query sees, so they share
+their kernels: a flash-style softmax over tiles of keys, where tiles that every query of the
+program sees in full are neither masked nor bounds-checked.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_port.kernels.geometry import Layout, NSAConfig
+from nsa_port.kernels.triton.bounds import Kind, QueryBounds, query_bounds
+from nsa_port.kernels.triton.host import (
+    LOG2_E,
+    arch_of,
+    on_device_of,
+    split_arguments,
+    split_head,
+    strides,
+    tuned,
+)
+from nsa_port.kernels.triton.tiles import (
+    LOG_2,
+    dot,
+    dot_split,
+    key_spans,
+    load_rows,
+    store_rows,
+)
+
+
+def compressed_attention(
+    q: Tensor, k: Tensor, v: Tensor, config: NSAConfig, layout: Layout, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Softmax over the compressed blocks that are complete at each query (Eq. 8). `out, lse`."""
+    with on_device_of(q):
+        bounds = query_bounds(Kind.COMPRESSED, q.shape[1], k.shape[1], config, layout, q.device)
+        return interval_attention(q, k, v, bounds, scale)
+
+
+def window_attention(
+    q: Tensor, k: Tensor, v: Tensor, config: NSAConfig, layout: Layout, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Softmax over the last `window_size` keys of each query. `out, lse`."""
+    with on_device_of(q):
+        bounds = query_bounds(Kind.WINDOW, q.shape[1], k.shape[1], config, layout, q.device)
+        return interval_attention(q, k, v, bounds, scale)
+
+
+def interval_attention(
+    q: Tensor, k: Tensor, v: Tensor, bounds: QueryBounds, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Softmax over each query's interval of key rows. `out [B, T, H, Dv]`, `lse [B, T, H]`."""
+    B, T, H, Dk = q.shape
+    HK, Dv = v.shape[2:]
+    G = H // HK
+    out = torch.empty((B, T, H, Dv), dtype=q.dtype, device=q.device)
+    lse = torch.empty((B, T, H), dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out, lse
+    config = tuned(arch_of(q), "interval_forward", q.element_size(), max(Dk, Dv))
+    # Few queries, as in decoding: fill the tile with the heads that share these keys instead.
+    heads = G if T * 2 <= config["BLOCK_M"] else 1
+    tiles = triton.cdiv(T * heads, config["BLOCK_M"])
+    _interval_forward_kernel[(tiles * B * (H // heads),)](
+        q,
+        k,
+        v,
+        bounds.lower,
+        bounds.upper,
+        out,
+        lse,
+        abs(scale) * LOG2_E,
+        T,
+        H,
+        G,
+        bounds.stride,
+        *strides(q),
+        *strides(k),
+        *strides(v),
+        HEADS=heads,
+        NEGATIVE_SCALE=scale < 0,
+        **split_arguments(split_head(Dk), split_head(Dv)),
+        **config,
+    )
+    return out, lse
+
+
+@triton.jit(do_not_specialize=["T", "stride_bounds"])
+def _interval_forward_kernel(
+    q,
+    k,
+    v,
+    lower,
+    upper,
+    out,
+    lse,
+    scale_log2,
+    T,
+    H,
+    G,
+    stride_bounds,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    HEADS: tl.constexpr,
+    NEGATIVE_SCALE: tl.constexpr,
+    DIM_K: tl.constexpr,
+    K_MAIN: tl.constexpr,
+    K_REST: tl.constexpr,
+    DIM_V: tl.constexpr,
+    V_MAIN: tl.constexpr,
+    V_REST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program: `BLOCK_M` rows, each a query and one of `HEADS` heads that share their keys.
+
+    Late tiles start first: where attention is causal they have the most to do.
+    """
+    tiles = tl.cdiv(T * HEADS, BLOCK_M)
+    columns = tl.num_programs(0) // tiles
+    head_groups = H // HEADS
+    i_tile = tiles - 1 - tl.program_id(0) // columns
+    i_batch = (tl.program_id(0) % columns // head_groups).to(tl.int64)
+    i_head = tl.program_id(0) % columns % head_groups * HEADS
+    i_kv = (i_head // G).to(tl.int64)
+    o_row = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_query = o_row // HEADS
+    m_row = o_query < T
+    o_head = i_head + o_row % HEADS
+
+    p_q = q + i_batch * stride_qb
+    o_q = o_query.to(tl.int64) * stride_qt + o_head.to(tl.int64) * stride_qh
+    b_q = load_rows(p_q, o_q, m_row, 0, K_MAIN, DIM_K, True)
+    b_q_rest = b_q
+    if K_REST:
+        b_q_rest = load_rows(p_q, o_q, m_row, K_MAIN, K_REST, DIM_K, True)
+    if NEGATIVE_SCALE:
+        b_q, b_q_rest = -b_q, -b_q_rest
+
+    o_bounds = i_batch * stride_bounds + o_query
+    b_lower = tl.load(lower + o_bounds, mask=m_row, other=0)
+    b_upper = tl.load(upper + o_bounds, mask=m_row, other=0)
+    start, full_start, full_stop, stop = key_spans(b_lower, b_upper, m_row, BLOCK_N)
+
+    p_k = k + i_batch * stride_kb + i_kv * stride_kh
+    p_v = v + i_batch * stride_vb + i_kv * stride_vh
+    running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    running_sum = tl.zeros([BLOCK_M], tl.float32)
+    accumulator = tl.zeros([BLOCK_M, V_MAIN], tl.float32)
+    accumulator_rest = tl.zeros([BLOCK_M, V_REST if V_REST else 1], tl.float32)
+    for phase in tl.static_range(3):
+        span_start = start if phase == 0 else (full_start if phase == 1 else full_stop)
+        span_stop = full_start if phase == 0 else (full_stop if phase == 1 else stop)
+        running_max, running_sum, accumulator, accumulator_rest = _attend(
+            running_max, running_sum, accumulator, accumulator_rest,
+            b_q, b_q_rest, b_lower, b_upper, p_k, p_v, stride_ks, stride_vs,
+            span_start, span_stop, scale_log2,
+            phase != 1, DIM_K, K_MAIN, K_REST, DIM_V, V_MAIN, V_REST, BLOCK_N,
+        )  # fmt: skip
+
+    m_empty = running_sum == 0.0
+    running_sum = tl.where(m_empty, 1.0, running_sum)
+    b_lse = tl.where(m_empty, float("-inf"), (running_max + tl.log2(running_sum)) * LOG_2)
+    o_out = ((i_batch * T + o_query) * H + o_head).to(tl.int64)
+    tl.store(lse + o_out, b_lse, mask=m_row)
+    o_out *= DIM_V
+    store_rows(out, accumulator / running_sum[:, None], o_out, m_row, 0, V_MAIN, DIM_V)
+    if V_REST:
+        b_out = accumulator_rest / running_sum[:, None]
+        store_rows(out, b_out, o_out, m_row, V_MAIN, V_REST, DIM_V)
+
+
+@triton.jit
+def _attend(
+    running_max, running_sum, accumulator, accumulator_rest,
+    b_q, b_q_rest, b_lower, b_upper, p_k, p_v, stride_ks, stride_vs,
+    start, stop, scale_log2,
+    MASKED: tl.constexpr,
+    DIM_K: tl.constexpr, K_MAIN: tl.constexpr, K_REST: tl.constexpr,
+    DIM_V: tl.constexpr, V_MAIN: tl.constexpr, V_REST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Continue the softmax over the key rows `start .. stop - 1`; returns the running state."""
+    for i_key in range(start, stop, BLOCK_N):
+        o_key = i_key + tl.arange(0, BLOCK_N)
+        m_key = o_key < stop
+        o_k = o_key.to(tl.int64) * stride_ks
+        b_k = load_rows(p_k, o_k, m_key, 0, K_MAIN, DIM_K, MASKED)
+        b_k_rest = b_k
+        if K_REST:
+            b_k_rest = load_rows(p_k, o_k, m_key, K_MAIN, K_REST, DIM_K, MASKED)
+        # [BLOCK_M, BLOCK_N]
+        b_s = dot_split(b_q, b_q_rest, b_k, b_k_rest, K_REST)
+        if MASKED:
+            m_seen = (o_key[None, :] >= b_lower[:, None]) & (o_key[None, :] < b_upper[:, None])
+            b_s = tl.where(m_seen, b_s * scale_log2, float("-inf"))
+            next_max = tl.maximum(running_max, tl.max(b_s, 1))
+            # A row that has seen nothing yet must not compute -inf - -inf.
+            shift = tl.where(next_max == float("-inf"), 0.0, next_max)
+            b_p = tl.exp2(b_s - shift[:, None])
+        else:
+            next_max = tl.maximum(running_max, tl.max(b_s, 1) * scale_log2)
+            shift = next_max
+            b_p = tl.exp2(b_s * scale_log2 - shift[:, None])
+        decay = tl.exp2(running_max - shift)
+        running_max = next_max
+        running_sum = running_sum * decay + tl.sum(b_p, 1)
+        o_v = o_key.to(tl.int64) * stride_vs
+        b_v = load_rows(p_v, o_v, m_key, 0, V_MAIN, DIM_V, MASKED)
+        accumulator = dot(b_p.to(b_v.dtype), b_v, accumulator * decay[:, None])
+        if V_REST:
+            b_v = load_rows(p_v, o_v, m_key, V_MAIN, V_REST, DIM_V, MASKED)
+            accumulator_rest = dot(b_p.to(b_v.dtype), b_v, accumulator_rest * decay[:, None])
+    return running_max, running_sum, accumulator, accumulator_rest

@@ -1,0 +1,418 @@
+"""Gradients of attention over an interval of keys per query: the compressed branch and the window.
+
+Two passes, no atomics: `dq` by query tile, as in the forward pass, and `dk, dv` by key block, which
+walks the query tiles that see the block. A long block's heads may be spread over several programs;
+their float32 parts are then added in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_port.kernels.geometry import Layout, NSAConfig
+from nsa_port.kernels.triton.bounds import Kind, QueryBounds, query_bounds, query_ranges
+from nsa_port.kernels.triton.host import (
+    LOG2_E,
+    arch_of,
+    last_contiguous,
+    on_device_of,
+    split_arguments,
+    split_head,
+    strides,
+    tuned,
+)
+from nsa_port.kernels.triton.preparation import backward_rows
+from nsa_port.kernels.triton.tiles import dot, dot_split, key_spans, load_rows, store_rows
+
+_ENOUGH_PROGRAMS = 1024
+"""Programs that fill any chip several times over: heads are spread until there are as many."""
+
+
+def compressed_attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    config: NSAConfig,
+    layout: Layout,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `compressed_attention`. `dq, dk, dv`."""
+    with on_device_of(q):
+        bounds = query_bounds(Kind.COMPRESSED, q.shape[1], k.shape[1], config, layout, q.device)
+        return interval_attention_backward(grad_out, grad_lse, q, k, v, out, lse, bounds, scale)
+
+
+def window_attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    config: NSAConfig,
+    layout: Layout,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `window_attention`. `dq, dk, dv`."""
+    with on_device_of(q):
+        bounds = query_bounds(Kind.WINDOW, q.shape[1], k.shape[1], config, layout, q.device)
+        return interval_attention_backward(grad_out, grad_lse, q, k, v, out, lse, bounds, scale)
+
+
+def interval_attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bounds: QueryBounds,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `interval_attention`: `dq, dk, dv`, contiguous, in their inputs' dtypes."""
+    B, T, H, Dk = q.shape
+    S, HK, Dv = v.shape[1:]
+    G = H // HK
+    grad_out = last_contiguous(grad_out)
+    lse_log2, delta = backward_rows(grad_out, grad_lse, out, lse, by_head=True)
+    largest, arch = max(Dk, Dv), arch_of(q)
+    rows = (grad_out, q, k, v, lse_log2, delta)
+    all_strides = (*strides(grad_out), *strides(q), *strides(k), *strides(v))
+    heads = split_arguments(split_head(Dk), split_head(Dv))
+
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if dq.numel():
+        tuned_dq = tuned(arch, "interval_dq", q.element_size(), largest)
+        _interval_dq_kernel[(triton.cdiv(T, tuned_dq["BLOCK_M"]) * B * H,)](
+            *rows,
+            bounds.lower,
+            bounds.upper,
+            dq,
+            scale * LOG2_E,
+            scale,
+            T,
+            H,
+            G,
+            bounds.stride,
+            *all_strides,
+            **heads,
+            **tuned_dq,
+        )
+
+    tuned_dkdv = tuned(arch, "interval_dkdv", q.element_size(), largest)
+    blocks = triton.cdiv(S, tuned_dkdv["BLOCK_N"])
+    splits = _splits(blocks * B * HK, G)
+    dtype = torch.float32 if splits > 1 else k.dtype
+    dk = torch.empty((splits, B, S, HK, Dk), dtype=dtype, device=k.device)
+    dv = torch.empty((splits, B, S, HK, Dv), dtype=dtype, device=v.device)
+    if blocks * B:
+        ranges = query_ranges(bounds, S, tuned_dkdv["BLOCK_M"], tuned_dkdv["BLOCK_N"])
+        _interval_dkdv_kernel[(blocks * B * HK * splits,)](
+            *rows,
+            bounds.lower,
+            bounds.upper,
+            ranges,
+            dk,
+            dv,
+            scale * LOG2_E,
+            scale,
+            T,
+            S,
+            B,
+            HK,
+            G,
+            splits,
+            bounds.stride,
+            0 if bounds.stride == 0 else blocks * 4,
+            *all_strides,
+            **heads,
+            **tuned_dkdv,
+        )
+    if splits == 1:
+        return dq, dk[0], dv[0]
+    return dq, dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype)
+
+
+def _splits(programs: int, G: int) -> int:
+    """Over how many programs to spread the heads that share a key block; divides `G`."""
+    for splits in range(1, G + 1):
+        if G % splits == 0 and programs * splits >= _ENOUGH_PROGRAMS:
+            return splits
+    return G
+
+
+@triton.jit(do_not_specialize=["T", "stride_bounds"])
+def _interval_dq_kernel(
+    grad_out,
+    q,
+    k,
+    v,
+    lse_log2,
+    delta,
+    lower,
+    upper,
+    dq,
+    scale_log2,
+    scale,
+    T,
+    H,
+    G,
+    stride_bounds,
+    stride_gb,
+    stride_gt,
+    stride_gh,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    DIM_K: tl.constexpr,
+    K_MAIN: tl.constexpr,
+    K_REST: tl.constexpr,
+    DIM_V: tl.constexpr,
+    V_MAIN: tl.constexpr,
+    V_REST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program: `dq` of `BLOCK_M` queries of one head."""
+    tiles = tl.cdiv(T, BLOCK_M)
+    columns = tl.num_programs(0) // tiles
+    i_tile = tiles - 1 - tl.program_id(0) // columns
+    i_batch = (tl.program_id(0) % columns // H).to(tl.int64)
+    i_head = (tl.program_id(0) % columns % H).to(tl.int64)
+    i_kv = i_head // G
+    o_query = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_row = o_query < T
+
+    p_q = q + i_batch * stride_qb + i_head * stride_qh
+    p_grad = grad_out + i_batch * stride_gb + i_head * stride_gh
+    o_q = o_query.to(tl.int64) * stride_qt
+    o_grad = o_query.to(tl.int64) * stride_gt
+    b_q = load_rows(p_q, o_q, m_row, 0, K_MAIN, DIM_K, True)
+    b_grad = load_rows(p_grad, o_grad, m_row, 0, V_MAIN, DIM_V, True)
+    b_q_rest, b_grad_rest = b_q, b_grad
+    if K_REST:
+        b_q_rest = load_rows(p_q, o_q, m_row, K_MAIN, K_REST, DIM_K, True)
+    if V_REST:
+        b_grad_rest = load_rows(p_grad, o_grad, m_row, V_MAIN, V_REST, DIM_V, True)
+    o_stats = (i_batch * H + i_head) * T + o_query
+    b_lse = tl.load(lse_log2 + o_stats, mask=m_row, other=float("inf"))
+    b_delta = tl.load(delta + o_stats, mask=m_row, other=0.0)
+
+    o_bounds = i_batch * stride_bounds + o_query
+    b_lower = tl.load(lower + o_bounds, mask=m_row, other=0)
+    b_upper = tl.load(upper + o_bounds, mask=m_row, other=0)
+    start, full_start, full_stop, stop = key_spans(b_lower, b_upper, m_row, BLOCK_N)
+
+    p_k = k + i_batch * stride_kb + i_kv * stride_kh
+    p_v = v + i_batch * stride_vb + i_kv * stride_vh
+    b_dq = tl.zeros([BLOCK_M, K_MAIN], tl.float32)
+    b_dq_rest = tl.zeros([BLOCK_M, K_REST if K_REST else 1], tl.float32)
+    for phase in tl.static_range(3):
+        span_start = start if phase == 0 else (full_start if phase == 1 else full_stop)
+        span_stop = full_start if phase == 0 else (full_stop if phase == 1 else stop)
+        b_dq, b_dq_rest = _add_dq(
+            b_dq, b_dq_rest, b_q, b_q_rest, b_grad, b_grad_rest, b_lse, b_delta,
+            b_lower, b_upper, p_k, p_v, stride_ks, stride_vs, span_start, span_stop, scale_log2,
+            phase != 1, DIM_K, K_MAIN, K_REST, DIM_V, V_MAIN, V_REST, BLOCK_N,
+        )  # fmt: skip
+
+    o_out = ((i_batch * T + o_query) * H + i_head) * DIM_K
+    store_rows(dq, b_dq * scale, o_out, m_row, 0, K_MAIN, DIM_K)
+    if K_REST:
+        store_rows(dq, b_dq_rest * scale, o_out, m_row, K_MAIN, K_REST, DIM_K)
+
+
+@triton.jit
+def _add_dq(
+    b_dq, b_dq_rest, b_q, b_q_rest, b_grad, b_grad_rest, b_lse, b_delta,
+    b_lower, b_upper, p_k, p_v, stride_ks, stride_vs, start, stop, scale_log2,
+    MASKED: tl.constexpr,
+    DIM_K: tl.constexpr, K_MAIN: tl.constexpr, K_REST: tl.constexpr,
+    DIM_V: tl.constexpr, V_MAIN: tl.constexpr, V_REST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Add what the key rows `start .. stop - 1` contribute to `dq`, but for the scale."""
+    for i_key in range(start, stop, BLOCK_N):
+        o_key = i_key + tl.arange(0, BLOCK_N)
+        m_key = o_key < stop
+        o_k = o_key.to(tl.int64) * stride_ks
+        o_v = o_key.to(tl.int64) * stride_vs
+        b_k = load_rows(p_k, o_k, m_key, 0, K_MAIN, DIM_K, MASKED)
+        b_v = load_rows(p_v, o_v, m_key, 0, V_MAIN, DIM_V, MASKED)
+        b_k_rest, b_v_rest = b_k, b_v
+        if K_REST:
+            b_k_rest = load_rows(p_k, o_k, m_key, K_MAIN, K_REST, DIM_K, MASKED)
+        if V_REST:
+            b_v_rest = load_rows(p_v, o_v, m_key, V_MAIN, V_REST, DIM_V, MASKED)
+        # [BLOCK_M, BLOCK_N]
+        b_s = dot_split(b_q, b_q_rest, b_k, b_k_rest, K_REST)
+        b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
+        if MASKED:
+            m_seen = (o_key[None, :] >= b_lower[:, None]) & (o_key[None, :] < b_upper[:, None])
+            b_p = tl.where(m_seen, b_p, 0.0)
+        b_dp = dot_split(b_grad, b_grad_rest, b_v, b_v_rest, V_REST)
+        b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k.dtype)
+        b_dq = dot(b_ds, b_k, b_dq)
+        if K_REST:
+            b_dq_rest = dot(b_ds, b_k_rest, b_dq_rest)
+    return b_dq, b_dq_rest
+
+
+@triton.jit(do_not_specialize=["T", "S", "B", "splits", "stride_bounds", "stride_ranges"])
+def _interval_dkdv_kernel(
+    grad_out,
+    q,
+    k,
+    v,
+    lse_log2,
+    delta,
+    lower,
+    upper,
+    ranges,
+    dk,
+    dv,
+    scale_log2,
+    scale,
+    T,
+    S,
+    B,
+    HK,
+    G,
+    splits,
+    stride_bounds,
+    stride_ranges,
+    stride_gb,
+    stride_gt,
+    stride_gh,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    DIM_K: tl.constexpr,
+    K_MAIN: tl.constexpr,
+    K_REST: tl.constexpr,
+    DIM_V: tl.constexpr,
+    V_MAIN: tl.constexpr,
+    V_REST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program: `dk, dv` of `BLOCK_N` key rows from one part of the group's heads."""
+    columns = B * HK * splits
+    i_block = tl.program_id(0) // columns
+    i_split = tl.program_id(0) % columns % splits
+    i_kv = (tl.program_id(0) % columns // splits % HK).to(tl.int64)
+    i_batch = (tl.program_id(0) % columns // splits // HK).to(tl.int64)
+    o_key = i_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_key = o_key < S
+
+    p_k = k + i_batch * stride_kb + i_kv * stride_kh
+    p_v = v + i_batch * stride_vb + i_kv * stride_vh
+    o_k = o_key.to(tl.int64) * stride_ks
+    o_v = o_key.to(tl.int64) * stride_vs
+    b_k = load_rows(p_k, o_k, m_key, 0, K_MAIN, DIM_K, True)
+    b_v = load_rows(p_v, o_v, m_key, 0, V_MAIN, DIM_V, True)
+    b_k_rest, b_v_rest = b_k, b_v
+    if K_REST:
+        b_k_rest = load_rows(p_k, o_k, m_key, K_MAIN, K_REST, DIM_K, True)
+    if V_REST:
+        b_v_rest = load_rows(p_v, o_v, m_key, V_MAIN, V_REST, DIM_V, True)
+
+    b_dk = tl.zeros([BLOCK_N, K_MAIN], tl.float32)
+    b_dv = tl.zeros([BLOCK_N, V_MAIN], tl.float32)
+    b_dk_rest = tl.zeros([BLOCK_N, K_REST if K_REST else 1], tl.float32)
+    b_dv_rest = tl.zeros([BLOCK_N, V_REST if V_REST else 1], tl.float32)
+    p_range = ranges + i_batch * stride_ranges + i_block * 4
+    start, full_start = tl.load(p_range), tl.load(p_range + 1)
+    full_stop, stop = tl.load(p_range + 2), tl.load(p_range + 3)
+    p_lower = lower + i_batch * stride_bounds
+    p_upper = upper + i_batch * stride_bounds
+    heads = G // splits
+    for i_member in range(i_split * heads, (i_split + 1) * heads):
+        i_head = i_kv * G + i_member
+        p_q = q + i_batch * stride_qb + i_head * stride_qh
+        p_grad = grad_out + i_batch * stride_gb + i_head * stride_gh
+        p_lse = lse_log2 + (i_batch * HK * G + i_head) * T
+        p_delta = delta + (i_batch * HK * G + i_head) * T
+        for phase in tl.static_range(3):
+            span_start = start if phase == 0 else (full_start if phase == 1 else full_stop)
+            span_stop = full_start if phase == 0 else (full_stop if phase == 1 else stop)
+            b_dk, b_dk_rest, b_dv, b_dv_rest = _add_dkdv(
+                b_dk, b_dk_rest, b_dv, b_dv_rest, b_k, b_k_rest, b_v, b_v_rest,
+                p_q, p_grad, p_lse, p_delta, p_lower, p_upper, stride_qt, stride_gt,
+                o_key, span_start, span_stop, T, scale_log2,
+                phase != 1, DIM_K, K_MAIN, K_REST, DIM_V, V_MAIN, V_REST, BLOCK_M,
+            )  # fmt: skip
+
+    o_out = ((i_split * B + i_batch) * S + o_key) * HK + i_kv
+    store_rows(dk, b_dk * scale, o_out * DIM_K, m_key, 0, K_MAIN, DIM_K)
+    store_rows(dv, b_dv, o_out * DIM_V, m_key, 0, V_MAIN, DIM_V)
+    if K_REST:
+        store_rows(dk, b_dk_rest * scale, o_out * DIM_K, m_key, K_MAIN, K_REST, DIM_K)
+    if V_REST:
+        store_rows(dv, b_dv_rest, o_out * DIM_V, m_key, V_MAIN, V_REST, DIM_V)
+
+
+@triton.jit
+def _add_dkdv(
+    b_dk, b_dk_rest, b_dv, b_dv_rest, b_k, b_k_rest, b_v, b_v_rest,
+    p_q, p_grad, p_lse, p_delta, p_lower, p_upper, stride_qt, stride_gt,
+    o_key, start, stop, T, scale_log2,
+    MASKED: tl.constexpr,
+    DIM_K: tl.constexpr, K_MAIN: tl.constexpr, K_REST: tl.constexpr,
+    DIM_V: tl.constexpr, V_MAIN: tl.constexpr, V_REST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Add what one head's query tiles `start .. stop - 1` contribute to `dk, dv`."""
+    for i_tile in range(start, stop):
+        o_query = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        m_row = o_query < T
+        o_q = o_query.to(tl.int64) * stride_qt
+        o_grad = o_query.to(tl.int64) * stride_gt
+        b_q = load_rows(p_q, o_q, m_row, 0, K_MAIN, DIM_K, True)
+        b_q_rest = b_q
+        if K_REST:
+            b_q_rest = load_rows(p_q, o_q, m_row, K_MAIN, K_REST, DIM_K, True)
+        b_lse = tl.load(p_lse + o_query, mask=m_row, other=float("inf"))
+        # [BLOCK_N, BLOCK_M]
+        b_s = dot_split(b_k, b_k_rest, b_q, b_q_rest, K_REST)
+        b_p = tl.exp2(b_s * scale_log2 - b_lse[None, :])
+        if MASKED:
+            b_lower = tl.load(p_lower + o_query, mask=m_row, other=0)
+            b_upper = tl.load(p_upper + o_query, mask=m_row, other=0)
+            m_seen = (o_key[:, None] >= b_lower[None, :]) & (o_key[:, None] < b_upper[None, :])
+            b_p = tl.where(m_seen, b_p, 0.0)
+        b_grad = load_rows(p_grad, o_grad, m_row, 0, V_MAIN, DIM_V, True)
+        b_grad_rest = b_grad
+        if V_REST:
+            b_grad_rest = load_rows(p_grad, o_grad, m_row, V_MAIN, V_REST, DIM_V, True)
+        b_dv = dot(b_p.to(b_grad.dtype), b_grad, b_dv)
+        if V_REST:
+            b_dv_rest = dot(b_p.to(b_grad.dtype), b_grad_rest, b_dv_rest)
+        b_delta = tl.load(p_delta + o_query, mask=m_row, other=0.0)
+        b_dp = dot_split(b_v, b_v_rest, b_grad, b_grad_rest, V_REST)
+        b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
+        b_dk = dot(b_ds, b_q, b_dk)
+        if K_REST:
+            b_dk_rest = dot(b_ds, b_q_rest, b_dk_rest)
+    return b_dk, b_dk_rest, b_dv, b_dv_rest

@@ -1,0 +1,299 @@
+"""Which queries chose each block: a counting sort of the chosen blocks, stable and without sorting.
+
+Attention over chosen blocks is fast where a block's keys are loaded once for all the queries that
+chose it. The lists that this needs are built on the device, without asking it for a size: counts
+per part of the queries, an exclusive sum over the parts, then each part fills its share of every
+list in the order of its queries. The same input always gives the same lists.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_port.kernels.triton.bounds import QueryBounds
+
+_PARTS = 512
+"""At most so many parts: with them the counts take memory linear in the length."""
+
+_PART_QUERIES = 64
+"""A part is no smaller, so that short inputs are not all overhead."""
+
+_SCAN_PARTS = 64
+_SCAN_BINS = 32
+
+
+def block_rows(
+    indices: Tensor, bounds: QueryBounds, select_block_size: int
+) -> Tensor:
+    """The first key row of each chosen block, -1 for what is nothing to attend to.
+
+    int32 `[B, T, HK, n]`. A block that is named twice, starts after the query or lies outside the
+    sequence becomes -1, so that whatever `indices` holds, a row is one that the query may read, and
+    no row comes twice.
+    """
+    B, T, HK, n = indices.shape
+    rows = torch.empty((B, T, HK, n), dtype=torch.int32, device=indices.device)
+    if rows.numel():
+        stride_b, stride_t, stride_h = indices.stride()[:-1]
+        _block_rows_kernel[(B * T * HK,)](
+            indices,
+            rows,
+            bounds.lower,
+            bounds.upper,
+            T,
+            HK,
+            n,
+            bounds.stride,
+            stride_b,
+            stride_t,
+            stride_h,
+            select_block_size,
+            SLOTS=triton.next_power_of_2(n),
+            num_warps=1,
+        )
+    return rows
+
+
+@triton.jit(do_not_specialize=["T", "stride_bounds", "stride_b", "stride_t", "stride_h"])
+def _block_rows_kernel(
+    indices,
+    rows,
+    lower,
+    upper,
+    T,
+    HK,
+    n,
+    stride_bounds,
+    stride_b,
+    stride_t,
+    stride_h,
+    select_block_size,
+    SLOTS: tl.constexpr,
+):
+    """One program: the blocks of one query and KV head."""
+    i_kv = (tl.program_id(0) % HK).to(tl.int64)
+    i_query = (tl.program_id(0) // HK % T).to(tl.int64)
+    i_batch = (tl.program_id(0) // HK // T).to(tl.int64)
+    o_slot = tl.arange(0, SLOTS)
+    p_index = indices + i_batch * stride_b + i_query * stride_t + i_kv * stride_h
+    b_block = tl.load(p_index + o_slot, mask=o_slot < n, other=-1)
+    first = tl.load(lower + i_batch * stride_bounds + i_query)
+    stop = tl.load(upper + i_batch * stride_bounds + i_query)
+    # Not by comparing rows, which may overflow for an index that is far out of range.
+    last_block = (stop - first - 1) // select_block_size
+    m_block = (b_block >= 0) & (b_block <= last_block) & (stop > first)
+    same = (b_block[:, None] == b_block[None, :]) & (o_slot[None, :] < o_slot[:, None])
+    m_block &= tl.max(same.to(tl.int32), 1) == 0
+    b_row = tl.where(m_block, first + b_block * select_block_size, -1)
+    tl.store(rows + tl.program_id(0).to(tl.int64) * n + o_slot, b_row, mask=o_slot < n)
+
+
+class BlockLists(NamedTuple):
+    """Per block, KV head and batch (a bin), the queries `first_query ..` that chose it.
+
+    A bin is `(batch * HK + kv_head) * blocks + block`; blocks are numbered along the key tensor,
+    see `block_number`. Long lists are cut into segments of `segment` entries, and one work item is
+    one segment; `work` counts more of them than there are, the surplus having no bin.
+
+    Args:
+        entries: `query * n + slot`, queries counted from `first_query`; int32.
+        starts, counts: each bin's part of `entries`; int32 `[bins]`.
+        segment_ends: inclusive sum of each bin's segments; int32 `[bins]`.
+        work_bins: the bin of each work item, `bins` or more for the surplus; int32 `[work]`.
+    """
+
+    entries: Tensor
+    starts: Tensor
+    counts: Tensor
+    segment_ends: Tensor
+    work_bins: Tensor
+    blocks: int
+    segment: int
+
+    @property
+    def work(self) -> int:
+        return self.work_bins.shape[0]
+
+    @property
+    def bins(self) -> int:
+        return self.counts.shape[0]
+
+
+def block_lists(
+    rows: Tensor,
+    bounds: QueryBounds,
+    num_keys: int,
+    num_sequences: int,
+    select_block_size: int,
+    first_query: int,
+    num_queries: int,
+    segment: int,
+) -> BlockLists:
+    """The lists over queries `first_query .. first_query + num_queries - 1` of `block_rows`."""
+    B, T, HK, n = rows.shape
+    device = rows.device
+    blocks = num_keys // select_block_size + num_sequences
+    bins = B * HK * blocks
+    part = max(_PART_QUERIES, triton.cdiv(num_queries, _PARTS))
+    parts = triton.cdiv(num_queries, part)
+    offsets = torch.zeros((parts, bins), dtype=torch.int32, device=device)
+    counts = torch.empty(bins, dtype=torch.int32, device=device)
+    entries = torch.empty(B * num_queries * HK * n, dtype=torch.int32, device=device)
+    slots = triton.next_power_of_2(n)
+    common = (
+        rows, bounds.sequence, offsets, first_query, num_queries, T, HK, n, part, blocks, bins,
+        bounds.stride, select_block_size,
+    )  # fmt: skip
+    grid = (parts * B * HK,)
+    _count_kernel[grid](
+        *common, SLOTS=slots, QUERIES=max(1, 256 // slots), num_warps=4
+    )
+    _scan_kernel[(triton.cdiv(bins, _SCAN_BINS),)](
+        offsets, counts, parts, bins, PARTS=_SCAN_PARTS, BINS=_SCAN_BINS, num_warps=4
+    )
+    starts = counts.cumsum(0, dtype=torch.int32) - counts
+    _fill_kernel[grid](*common, starts, entries, SLOTS=slots, num_warps=1)
+    segments = (counts + (segment - 1)).div(segment, rounding_mode="floor")
+    segment_ends = segments.cumsum(0, dtype=torch.int32)
+    work = torch.arange(bins + entries.shape[0] // segment, dtype=torch.int32, device=device)
+    work_bins = torch.searchsorted(segment_ends, work, right=True, out_int32=True)
+    return BlockLists(entries, starts, counts, segment_ends, work_bins, blocks, segment)
+
+
+_NOT_SPECIALIZED = [
+    "first_query", "num_queries", "T", "part", "blocks", "bins", "stride_bounds",
+]  # fmt: skip
+
+
+@triton.jit
+def block_number(b_row, b_sequence, select_block_size):
+    """A number for the block that starts at a key row, of its own and ascending with the row.
+
+    Within a sequence `row // m` grows by one from block to block; the sequence's number keeps its
+    first block apart from the last, perhaps partial, block of the sequence before.
+    """
+    return b_row // select_block_size + b_sequence
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+def _count_kernel(
+    rows,
+    sequence,
+    offsets,
+    first_query,
+    num_queries,
+    T,
+    HK,
+    n,
+    part,
+    blocks,
+    bins,
+    stride_bounds,
+    select_block_size,
+    SLOTS: tl.constexpr,
+    QUERIES: tl.constexpr,
+):
+    """One program: how often one part's queries chose each block of one batch and KV head.
+
+    The counts are integers, so that the order in which they are raised does not matter.
+    """
+    parts = tl.cdiv(num_queries, part)
+    i_part = tl.program_id(0) % parts
+    i_bin = tl.program_id(0) // parts
+    i_kv = i_bin % HK
+    i_batch = (i_bin // HK).to(tl.int64)
+    o_slot = tl.arange(0, SLOTS)
+    p_offsets = offsets + i_part.to(tl.int64) * bins + i_bin * blocks
+    stop = tl.minimum((i_part + 1) * part, num_queries)
+    for i_query in range(i_part * part, stop, QUERIES):
+        o_query = i_query + tl.arange(0, QUERIES)
+        m_query = o_query < stop
+        o_query += first_query
+        b_sequence = tl.load(sequence + i_batch * stride_bounds + o_query, mask=m_query, other=0)
+        o_row = ((i_batch * T + o_query) * HK + i_kv) * n
+        m_slot = m_query[:, None] & (o_slot < n)[None, :]
+        b_row = tl.load(rows + o_row[:, None] + o_slot[None, :], mask=m_slot, other=-1)
+        b_block = block_number(b_row, b_sequence[:, None], select_block_size)
+        tl.atomic_add(p_offsets + b_block, 1, mask=b_row >= 0, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["parts", "bins"])
+def _scan_kernel(offsets, counts, parts, bins, PARTS: tl.constexpr, BINS: tl.constexpr):
+    """One program: exclusive sums over the parts, in place, and the totals, of `BINS` bins."""
+    o_bin = tl.program_id(0) * BINS + tl.arange(0, BINS)
+    m_bin = o_bin < bins
+    total = tl.zeros([BINS], tl.int32)
+    for i_part in range(0, parts, PARTS):
+        o_part = i_part + tl.arange(0, PARTS)
+        m_tile = (o_part < parts)[:, None] & m_bin[None, :]
+        p_tile = offsets + o_part.to(tl.int64)[:, None] * bins + o_bin[None, :]
+        b_count = tl.load(p_tile, mask=m_tile, other=0)
+        tl.store(p_tile, tl.cumsum(b_count, 0) - b_count + total[None, :], mask=m_tile)
+        total += tl.sum(b_count, 0)
+    tl.store(counts + o_bin, total, mask=m_bin)
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+def _fill_kernel(
+    rows,
+    sequence,
+    offsets,
+    first_query,
+    num_queries,
+    T,
+    HK,
+    n,
+    part,
+    blocks,
+    bins,
+    stride_bounds,
+    select_block_size,
+    starts,
+    entries,
+    SLOTS: tl.constexpr,
+):
+    """One program: one part's entries in the lists of one batch and KV head.
+
+    `offsets` serves as the program's own cursors. A query names no block twice, so its slots do not
+    meet; the barrier lets the next query see how far they moved.
+    """
+    parts = tl.cdiv(num_queries, part)
+    i_part = tl.program_id(0) % parts
+    i_bin = tl.program_id(0) // parts
+    i_kv = i_bin % HK
+    i_batch = (i_bin // HK).to(tl.int64)
+    o_slot = tl.arange(0, SLOTS)
+    p_offsets = offsets + i_part.to(tl.int64) * bins + i_bin * blocks
+    p_starts = starts + i_bin * blocks
+    stop = tl.minimum((i_part + 1) * part, num_queries)
+    for i_query in range(i_part * part, stop):
+        b_sequence = tl.load(sequence + i_batch * stride_bounds + first_query + i_query)
+        o_row = ((i_batch * T + first_query + i_query) * HK + i_kv) * n + o_slot
+        b_row = tl.load(rows + o_row, mask=o_slot < n, other=-1)
+        m_row = b_row >= 0
+        b_block = block_number(b_row, b_sequence, select_block_size)
+        b_offset = tl.load(p_offsets + b_block, mask=m_row, other=0)
+        o_entry = tl.load(p_starts + b_block, mask=m_row, other=0) + b_offset
+        tl.store(entries + o_entry, i_query * n + o_slot, mask=m_row)
+        tl.store(p_offsets + b_block, b_offset + 1, mask=m_row)
+        tl.debug_barrier()
+
+
+@triton.jit
+def load_work(
+    i_work, starts, counts, segment_ends, work_bins, bins, SEGMENT: tl.constexpr
+):
+    """A work item's bin and its part of `entries`: `(bin, start, count)`; count 0 for surplus."""
+    i_bin = tl.load(work_bins + i_work)
+    m_bin = i_bin < bins
+    total = tl.load(counts + i_bin, mask=m_bin, other=0)
+    segments = (total + SEGMENT - 1) // SEGMENT
+    i_segment = i_work - (tl.load(segment_ends + i_bin, mask=m_bin, other=0) - segments)
+    start = tl.load(starts + i_bin, mask=m_bin, other=0) + i_segment * SEGMENT
+    count = tl.minimum(total - i_segment * SEGMENT, SEGMENT)
+    return i_bin, start, tl.where(m_bin, count, 0)

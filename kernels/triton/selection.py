@@ -1,0 +1,399 @@
+"""The choice of blocks: scores from a second pass over the compressed keys, then an exact top-n.
+
+Scores of a bounded number of queries at a time are kept, so that memory stays linear in the length.
+Queries are cut into tiles that never cross from one packed sequence into the next; a tile's
+compressed keys then start at one row, and block grids line up with key tiles.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_port.kernels.geometry import Layout, NSAConfig
+from nsa_port.kernels.triton.bounds import Kind, QueryBounds, query_bounds
+from nsa_port.kernels.triton.host import (
+    LOG2_E,
+    arch_of,
+    last_contiguous,
+    on_device_of,
+    split_head,
+    strides,
+    tuned,
+)
+from nsa_port.kernels.triton.tiles import LOG2_E as LOG2_E_DEVICE
+from nsa_port.kernels.triton.tiles import dot_split, load_rows
+
+_SCORE_BYTES = 2**28
+"""Room for the scores of the queries that are worked on at a time."""
+
+_TOP_BLOCKS = (256, 1024, 4096)
+"""Blocks a top-n program holds in registers; beyond the last it reads them again at each step."""
+
+
+def select_blocks(
+    q: Tensor, k_cmp: Tensor, lse: Tensor, config: NSAConfig, layout: Layout, scale: float
+) -> Tensor:
+    """The blocks each query and KV head attends to (Eq. 9 to 11). int32 `[B, T, HK, n]`."""
+    with on_device_of(q):
+        return _select_blocks(q, k_cmp, last_contiguous(lse), config, layout, scale)
+
+
+def _select_blocks(
+    q: Tensor, k_cmp: Tensor, lse: Tensor, config: NSAConfig, layout: Layout, scale: float
+) -> Tensor:
+    B, T, H, Dk = q.shape
+    C, HK = k_cmp.shape[1:3]
+    n = config.num_selected
+    indices = torch.empty((B, T, HK, n), dtype=torch.int32, device=q.device)
+    if indices.numel() == 0:
+        return indices
+    visible = query_bounds(Kind.COMPRESSED, T, C, config, layout, q.device)
+    causal = query_bounds(Kind.CAUSAL, T, layout.num_keys, config, layout, q.device)
+    tuned_scores = tuned(arch_of(q), "block_scores", q.element_size(), Dk)
+    block_m, block_n = tuned_scores["BLOCK_M"], tuned_scores["BLOCK_N"]
+    tiles = _query_tiles(T, block_m, layout, q.device)
+
+    per_select = config.select_block_size // config.block_stride
+    per_compressed = config.block_size // config.block_stride
+    folded = config.score_map == "overlap" and block_n % per_select == 0 and _is_power(per_select)
+    blocks = max(1, config.num_select_blocks(layout.num_keys))
+    columns = 2 * blocks if folded else max(1, min(C, config.num_compressed(layout.num_keys)))
+    row_bytes = 4 * B * HK * columns
+    chunk = max(1, min(tiles.count, _SCORE_BYTES // (row_bytes * block_m)))
+    scores = torch.empty((chunk * block_m, B, HK, columns), dtype=torch.float32, device=q.device)
+    key_tiles = triton.cdiv(min(C, max(1, config.num_compressed(layout.num_keys))), block_n)
+    top_block = next((size for size in _TOP_BLOCKS if blocks <= size), _TOP_BLOCKS[-1])
+    for first_tile in range(0, tiles.count, chunk):
+        count = min(chunk, tiles.count - first_tile)
+        if C:
+            _block_scores_kernel[(count * key_tiles * B * HK,)](
+                q,
+                k_cmp,
+                lse,
+                scores,
+                tiles.first,
+                tiles.stop,
+                visible.lower,
+                visible.upper,
+                scale * LOG2_E,
+                first_tile,
+                T,
+                C,
+                B,
+                HK,
+                H // HK,
+                columns,
+                key_tiles,
+                visible.stride,
+                *strides(q),
+                *strides(k_cmp),
+                *strides(lse),
+                PER_SELECT=per_select,
+                PER_COMPRESSED=per_compressed,
+                FOLDED=folded,
+                DIM_K=Dk,
+                K_MAIN=split_head(Dk).main,
+                K_REST=split_head(Dk).rest,
+                **tuned_scores,
+            )
+        first_weight, weights = config.score_weights()
+        _top_blocks_kernel[(count * block_m * B * HK,)](
+            scores,
+            indices,
+            tiles.first,
+            tiles.stop,
+            visible.lower,
+            visible.upper,
+            causal.lower,
+            causal.upper,
+            first_tile,
+            T,
+            B,
+            HK,
+            columns,
+            visible.stride,
+            causal.stride,
+            config.select_block_size,
+            n,
+            config.init_blocks,
+            config.local_blocks,
+            first_weight,
+            len(weights),
+            per_compressed,
+            per_select,
+            BLOCK_M=block_m,
+            BLOCK_J=top_block,
+            SLOTS=triton.next_power_of_2(n),
+            FOLDED=folded,
+            HELD=blocks <= top_block,
+            num_warps=max(1, min(8, top_block // 256)),
+        )
+    return indices
+
+
+class _QueryTiles(NamedTuple):
+    """Tiles of queries of one sequence: int32 `[count]`, the first query and the one past the last.
+
+    `count` is an upper bound known on the host; tiles beyond the real ones are empty.
+    """
+
+    first: Tensor
+    stop: Tensor
+    count: int
+
+
+def _query_tiles(T: int, size: int, layout: Layout, device: torch.device) -> _QueryTiles:
+    if layout.cu_seqlens is None:
+        count = triton.cdiv(T, size)
+        first = torch.arange(count, dtype=torch.int32, device=device) * size
+        return _QueryTiles(first, (first + size).clamp(max=T), count)
+    starts, stops = layout.cu_seqlens[:-1], layout.cu_seqlens[1:]
+    sequences = starts.shape[0]
+    count = T // size + sequences
+    number = (stops - starts + size - 1).div(size, rounding_mode="floor")
+    ends = number.cumsum(0, dtype=torch.int32)
+    tile = torch.arange(count, dtype=torch.int32, device=device)
+    sequence = torch.searchsorted(ends, tile, right=True).clamp(max=sequences - 1)
+    first = starts[sequence] + (tile - (ends - number)[sequence]) * size
+    stop = torch.minimum(first + size, stops[sequence]).clamp(max=T)
+    return _QueryTiles(first.clamp(min=0).contiguous(), stop.contiguous(), count)
+
+
+def _is_power(number: int) -> bool:
+    return number & (number - 1) == 0
+
+
+_LENGTHS = [
+    "first_tile", "T", "C", "B", "columns", "key_tiles", "stride_bounds", "stride_lb", "stride_lt",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def _block_scores_kernel(
+    q,
+    k,
+    lse,
+    scores,
+    tile_first,
+    tile_stop,
+    lower,
+    upper,
+    scale_log2,
+    first_tile,
+    T,
+    C,
+    B,
+    HK,
+    G,
+    columns,
+    key_tiles,
+    stride_bounds,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_lb,
+    stride_lt,
+    PER_SELECT: tl.constexpr,
+    PER_COMPRESSED: tl.constexpr,
+    FOLDED: tl.constexpr,
+    DIM_K: tl.constexpr,
+    K_MAIN: tl.constexpr,
+    K_REST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program: `BLOCK_M` queries against `BLOCK_N` compressed keys, summed over a group's heads.
+
+    Unfolded, the summed probabilities themselves are stored. Folded, Eq. 9's overlap map is applied
+    as far as one block's own compressed keys go: of each block `[own, carried]`, where the score of
+    block `j` is `own[j] + carried[j - 1]`. Tiles that no query sees are not written.
+    """
+    i_tile = tl.program_id(0) // (key_tiles * B * HK)
+    i_key_tile = tl.program_id(0) // (B * HK) % key_tiles
+    i_batch = (tl.program_id(0) // HK % B).to(tl.int64)
+    i_kv = (tl.program_id(0) % HK).to(tl.int64)
+    first = tl.load(tile_first + first_tile + i_tile)
+    stop = tl.load(tile_stop + first_tile + i_tile)
+    if first >= stop:
+        return
+    o_query = first + tl.arange(0, BLOCK_M)
+    m_row = o_query < stop
+    base = tl.load(lower + i_batch * stride_bounds + first)
+    b_upper = tl.load(upper + i_batch * stride_bounds + o_query, mask=m_row, other=0)
+    if base + i_key_tile * BLOCK_N >= tl.max(b_upper, 0):
+        return
+    o_key = base + i_key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_key = o_key < C
+    p_k = k + i_batch * stride_kb + i_kv * stride_kh
+    o_k = o_key.to(tl.int64) * stride_ks
+    b_k = load_rows(p_k, o_k, m_key, 0, K_MAIN, DIM_K, True)
+    b_k_rest = b_k
+    if K_REST:
+        b_k_rest = load_rows(p_k, o_k, m_key, K_MAIN, K_REST, DIM_K, True)
+    b_probability = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    o_q = o_query.to(tl.int64) * stride_qt
+    p_lse = lse + i_batch * stride_lb + o_query.to(tl.int64) * stride_lt
+    for i_member in range(G):
+        i_head = i_kv * G + i_member
+        p_q = q + i_batch * stride_qb + i_head * stride_qh
+        b_q = load_rows(p_q, o_q, m_row, 0, K_MAIN, DIM_K, True)
+        b_q_rest = b_q
+        if K_REST:
+            b_q_rest = load_rows(p_q, o_q, m_row, K_MAIN, K_REST, DIM_K, True)
+        b_lse = tl.load(p_lse + i_head, mask=m_row, other=0.0).to(tl.float32) * LOG2_E_DEVICE
+        b_s = dot_split(b_q, b_q_rest, b_k, b_k_rest, K_REST)
+        b_probability += tl.exp2(b_s * scale_log2 - b_lse[:, None])
+    b_probability = tl.where(o_key[None, :] < b_upper[:, None], b_probability, 0.0)
+
+    o_row = (i_tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    o_out = ((o_row * B + i_batch) * HK + i_kv) * columns
+    if FOLDED:
+        BLOCKS: tl.constexpr = BLOCK_N // PER_SELECT
+        o_inside = tl.arange(0, PER_SELECT)
+        # Key i of a block overlaps it by min(l / d, m / d - i), the next block by the rest of l / d.
+        own_weight = tl.minimum(PER_SELECT - o_inside, PER_COMPRESSED).to(tl.float32)
+        b_blocks = tl.reshape(b_probability, [BLOCK_M, BLOCKS, PER_SELECT])
+        b_own = tl.sum(b_blocks * own_weight[None, None, :], 2)
+        b_carried = tl.sum(b_blocks * (PER_COMPRESSED - own_weight)[None, None, :], 2)
+        o_block = i_key_tile * BLOCKS + tl.arange(0, BLOCKS)
+        m_out = m_row[:, None] & (o_block < columns // 2)[None, :]
+        p_out = scores + o_out[:, None] + o_block[None, :]
+        tl.store(p_out, b_own, mask=m_out)
+        tl.store(p_out + columns // 2, b_carried, mask=m_out)
+    else:
+        o_column = i_key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        m_out = m_row[:, None] & (o_column < columns)[None, :]
+        tl.store(scores + o_out[:, None] + o_column[None, :], b_probability, mask=m_out)
+
+
+_LENGTHS = ["first_tile", "T", "B", "columns", "stride_visible", "stride_causal"]
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def _top_blocks_kernel(
+    scores,
+    indices,
+    tile_first,
+    tile_stop,
+    visible_lower,
+    visible_upper,
+    causal_lower,
+    causal_upper,
+    first_tile,
+    T,
+    B,
+    HK,
+    columns,
+    stride_visible,
+    stride_causal,
+    select_block_size,
+    n,
+    init_blocks,
+    local_blocks,
+    first_weight,
+    num_weights,
+    per_compressed,
+    per_select,
+    BLOCK_M: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    SLOTS: tl.constexpr,
+    FOLDED: tl.constexpr,
+    HELD: tl.constexpr,
+):
+    """One program: the best `n` blocks of one query and KV head, ascending.
+
+    Scores are not negative, so they order as the integers their bits spell. The n-th largest is
+    found bit by bit; whatever lies above it is taken, and of its equals the first ones.
+    """
+    i_row = (tl.program_id(0) // (B * HK)).to(tl.int64)
+    i_batch = (tl.program_id(0) // HK % B).to(tl.int64)
+    i_kv = tl.program_id(0) % HK
+    i_tile = first_tile + (i_row // BLOCK_M).to(tl.int32)
+    i_query = tl.load(tile_first + i_tile) + (i_row % BLOCK_M).to(tl.int32)
+    if i_query >= tl.load(tile_stop + i_tile):
+        return
+    o_visible = i_batch * stride_visible + i_query
+    visible = tl.load(visible_upper + o_visible) - tl.load(visible_lower + o_visible)
+    o_causal = i_batch * stride_causal + i_query
+    position = tl.load(causal_upper + o_causal) - tl.load(causal_lower + o_causal) - 1
+    candidates = tl.where(position < 0, 0, position // select_block_size + 1)
+    p_scores = scores + ((i_row * B + i_batch) * HK + i_kv) * columns
+    p_out = indices + ((i_batch * T + i_query) * HK + i_kv) * n
+
+    o_slot = tl.arange(0, SLOTS)
+    tl.store(p_out + o_slot, -1, mask=(o_slot < n) & (o_slot >= candidates))
+    o_block = tl.arange(0, BLOCK_J)
+    held = _ranks(
+        p_scores, o_block, candidates, visible, columns, init_blocks, local_blocks,
+        first_weight, num_weights, per_compressed, per_select, FOLDED,
+    )  # fmt: skip
+    threshold = 0
+    for i_step in range(31):
+        trial = threshold | (1 << (30 - i_step))
+        count = tl.sum((held >= trial).to(tl.int32), 0)
+        if not HELD:
+            for i_block in range(BLOCK_J, candidates, BLOCK_J):
+                ranks = _ranks(
+                    p_scores, i_block + o_block, candidates, visible, columns, init_blocks,
+                    local_blocks, first_weight, num_weights, per_compressed, per_select, FOLDED,
+                )  # fmt: skip
+                count += tl.sum((ranks >= trial).to(tl.int32), 0)
+        threshold = tl.where(count >= n, trial, threshold)
+    above = tl.sum((held > threshold).to(tl.int32), 0)
+    if not HELD:
+        for i_block in range(BLOCK_J, candidates, BLOCK_J):
+            ranks = _ranks(
+                p_scores, i_block + o_block, candidates, visible, columns, init_blocks,
+                local_blocks, first_weight, num_weights, per_compressed, per_select, FOLDED,
+            )  # fmt: skip
+            above += tl.sum((ranks > threshold).to(tl.int32), 0)
+    # Equals still to take, and slots already filled.
+    left = n - above
+    filled = 0
+    for i_block in range(0, 1 if HELD else candidates, BLOCK_J):
+        ranks = held
+        if not HELD:
+            ranks = _ranks(
+                p_scores, i_block + o_block, candidates, visible, columns, init_blocks,
+                local_blocks, first_weight, num_weights, per_compressed, per_select, FOLDED,
+            )  # fmt: skip
+        m_equal = ranks == threshold
+        m_taken = (ranks > threshold) | (m_equal & (tl.cumsum(m_equal.to(tl.int32), 0) <= left))
+        o_slot = filled + tl.cumsum(m_taken.to(tl.int32), 0) - 1
+        tl.store(p_out + o_slot, i_block + o_block, mask=m_taken & (o_slot < n))
+        left -= tl.sum(m_equal.to(tl.int32), 0)
+        filled += tl.sum(m_taken.to(tl.int32), 0)
+
+
+@triton.jit
+def _ranks(
+    p_scores, o_block, candidates, visible, columns, init_blocks, local_blocks,
+    first_weight, num_weights, per_compressed, per_select, FOLDED: tl.constexpr,
+):  # fmt: skip
+    """What blocks are ranked by: the bits of the score, infinity's if forced, -1 if no candidate."""
+    m_candidate = o_block < candidates
+    # Block j's own compressed keys start at j m / d: whatever lies past the visible ones is 0.
+    if FOLDED:
+        m_own = m_candidate & (o_block * per_select < visible)
+        m_carried = m_candidate & (o_block > 0) & ((o_block - 1) * per_select < visible)
+        score = tl.load(p_scores + o_block, mask=m_own, other=0.0)
+        score += tl.load(p_scores + columns // 2 + o_block - 1, mask=m_carried, other=0.0)
+    else:
+        score = tl.zeros_like(o_block).to(tl.float32)
+        for i_weight in range(num_weights):
+            o_key = o_block * per_select + first_weight + i_weight
+            m_key = m_candidate & (o_key >= 0) & (o_key < tl.minimum(visible, columns))
+            weight = tl.minimum(tl.minimum(i_weight + 1, num_weights - i_weight), per_compressed)
+            score += weight.to(tl.float32) * tl.load(p_scores + o_key, mask=m_key, other=0.0)
+    ranks = tl.maximum(score.to(tl.int32, bitcast=True), 0)
+    m_forced = (o_block < init_blocks) | (o_block >= candidates - local_blocks)
+    ranks = tl.where(m_forced, 0x7F800000, ranks)
+    return tl.where(m_candidate, ranks, -1)
