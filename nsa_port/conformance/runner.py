@@ -1,0 +1,146 @@
+"""Runs cases on a backend and turns whatever happens into results."""
+
+from __future__ import annotations
+
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from nsa_port.backends.interface import Backend, Reason
+from nsa_port.conformance.case import (
+    FAIL,
+    OPTIONAL,
+    UNSUPPORTED,
+    Case,
+    Context,
+    Result,
+    Unsupported,
+    outcome_of,
+    stand_in,
+)
+from nsa_port.registry import BackendUnavailable, UnknownBackend
+
+_POISONED_LEVELS = (1, 2, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to run: cases on a backend and device, each in its dtypes as far as they are wanted.
+
+    Args:
+        dtypes: None for all.
+    """
+
+    backend: Backend
+    device: torch.device
+    cases: Sequence[Case]
+    dtypes: tuple[torch.dtype, ...] | None = None
+
+    def runs(self) -> list[tuple[Case, torch.dtype | None]]:
+        found: list[tuple[Case, torch.dtype | None]] = []
+        for case in self.cases:
+            if not case.dtypes:
+                found.append((case, None))
+            found += [(case, t) for t in case.dtypes if self.dtypes is None or t in self.dtypes]
+        return found
+
+
+def run(plan: Plan, tell: Callable[[int, int, Result | None], None]) -> list[Result]:
+    """Run everything in the plan; `tell(done, total, latest result)` hears of progress."""
+    runs = plan.runs()
+    results: list[Result] = []
+    tell(0, len(runs), None)
+    for at, (case, dtype) in enumerate(runs, start=1):
+        results.append(run_case(case, plan.backend, plan.device, dtype))
+        tell(at, len(runs), results[-1])
+    return results
+
+
+def run_case(
+    case: Case, backend: Backend, device: torch.device, dtype: torch.dtype | None = None
+) -> Result:
+    """Run one case in one dtype. Never raises: an unexpected error is a failure."""
+    context = Context(backend, device, dtype or torch.float32)
+    start = time.perf_counter()
+    reasons: tuple[Reason, ...] = ()
+    breach = False
+    try:
+        with warnings.catch_warnings(), _prepared(case.level in _POISONED_LEVELS):
+            warnings.simplefilter("ignore")
+            case.check(context)
+        outcome = outcome_of(context)
+    except UnknownBackend:
+        raise
+    except BackendUnavailable as error:
+        outcome, reasons = UNSUPPORTED, error.reasons
+        breach = case.level <= backend.level and not _excused(backend, device, dtype, reasons)
+    except Unsupported as error:
+        outcome, reasons = UNSUPPORTED, (error.reason,)
+    except Exception as error:
+        outcome = FAIL
+        context.failures.append(_describe(error))
+    return Result(
+        case=case,
+        dtype=dtype,
+        outcome=outcome,
+        seconds=time.perf_counter() - start,
+        measurements=tuple(context.measurements),
+        failures=tuple(context.failures),
+        notes=tuple(dict.fromkeys(context.notes)),
+        reasons=reasons,
+        breach=breach,
+    )
+
+
+def _excused(
+    backend: Backend,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    reasons: tuple[Reason, ...],
+) -> bool:
+    """Whether a declared level leaves room for this refusal: an optional dtype, or a dtype that
+    what stands in for the hardware cannot compute in."""
+    only_dtype = all(reason.code == "dtype_unsupported" for reason in reasons)
+    return only_dtype and (dtype in OPTIONAL or bool(stand_in(backend, device)))
+
+
+@contextmanager
+def _prepared(poison: bool) -> Iterator[None]:
+    """Seeded; with `poison`, memory that is allocated and not yet written reads as NaN."""
+    torch.manual_seed(0)
+    with uninitialised_memory_is_nan() if poison else _nothing():
+        yield
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def uninitialised_memory_is_nan() -> Iterator[None]:
+    """Make `torch.empty` and its kin return NaN (or the largest integer), also from C++."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    memory = torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    memory.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        memory.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+def _describe(error: Exception) -> str:
+    """The error, and the innermost lines that led to it."""
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    trail = " < ".join(f"{f.filename.rsplit('/', 1)[-1]}:{f.lineno}" for f in reversed(frames))
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {' '.join(text)[:500]} ({trail})"
