@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import warnings
 
@@ -27,7 +28,7 @@ def value(name: str) -> str:
 
 def requested_backend() -> str:
     """The text of `NSA_PORT_BACKEND`, `""` if unset."""
-    _warn_of_unknown_variables()
+    _warn_of_unknown_variables(tuple(name for name in os.environ if name.startswith("NSA_PORT_")))
     return value("NSA_PORT_BACKEND")
 
 
@@ -49,17 +50,10 @@ def check_device_data() -> bool:
     raise ValueError(f"NSA_PORT_CHECK must be 1 or 0, got {text!r}")
 
 
-_num_variables = -1
-
-
-def _warn_of_unknown_variables() -> None:
-    """Looks at the environment only when it has grown or shrunk: every call comes by here."""
-    global _num_variables
-    if _num_variables == len(os.environ):
-        return
-    _num_variables = len(os.environ)
-    for name in os.environ:
-        if name.startswith("NSA_PORT_") and name not in VARIABLES:
+@functools.lru_cache(maxsize=8)
+def _warn_of_unknown_variables(names: tuple[str, ...]) -> None:
+    for name in names:
+        if name not in VARIABLES:
             near = difflib.get_close_matches(name, VARIABLES, n=1, cutoff=0)
             warnings.warn(
                 f"{name} is not a variable of nsa_port; did you mean {near[0]}?",

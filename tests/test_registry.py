@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import sys
 import warnings
@@ -243,30 +244,30 @@ def test_naming_an_operator_twice_is_an_error() -> None:
         registry.parse_request("combine=torch,combine=cuda")
 
 
+class Plugin(TorchBackend):
+    """Runs `combine` alone, and only where it is forced."""
+
+    name = "plugin"
+    kernels = {"combine": "nsa_port_test_kernels"}  # noqa: RUF012
+
+    def is_native(self, environment: Environment) -> bool:
+        return False
+
+
 @pytest.fixture
-def call() -> Iterator[list[str]]:
-    """Runs `combine` on a plug-in and on torch; yields the names of who ran."""
+def call(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Plugs `Plugin` in and notes there when it ran."""
     ran: list[str] = []
+
+    def combine(a: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        ran.append("plugin")
+        return a.clone()
+
     module = ModuleType("nsa_port_test_kernels")
-    module.combine = lambda a, b, c, gates: ran.append("plugin") or a.clone()  # type: ignore[attr-defined]
-    sys.modules[module.__name__] = module
-
-    class Plugin(TorchBackend):
-        name = "plugin"
-        kernels = {"combine": module.__name__}  # noqa: RUF012
-
-        def is_native(self, environment: Environment) -> bool:
-            return False
-
-    original = registry.table()
-    registry.table.cache_clear()
-    registry.parse_request.cache_clear()
-    patched = pytest.MonkeyPatch()
-    patched.setattr(registry, "table", lambda: (Plugin(), *original))
-    yield ran
-    patched.undo()
-    registry.parse_request.cache_clear()
-    del sys.modules[module.__name__]
+    module.__dict__["combine"] = combine
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    with registry.plug_in(Plugin()):
+        yield ran
 
 
 def combine(backend: str | None = None) -> None:
@@ -325,21 +326,21 @@ class Picky(TorchBackend):
 
 
 def test_automatic_fallback_warns_once_per_cause(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = registry.table()
-    monkeypatch.setattr(registry, "table", lambda: (Picky(), *original))
     monkeypatch.setattr(registry, "_told", set())
-    with pytest.warns(nsa_port.NSAPortWarning, match="too_picky"):
-        combine()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        combine()
+    with registry.plug_in(Picky()):
+        with pytest.warns(nsa_port.NSAPortWarning, match="too_picky"):
+            combine()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            combine()
 
 
 def test_fallback_can_be_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = registry.table()
-    monkeypatch.setattr(registry, "table", lambda: (Picky(), *original))
     monkeypatch.setenv("NSA_PORT_FALLBACK", "error")
-    with pytest.raises(nsa_port.BackendUnavailable, match="too_picky"):
+    with (
+        registry.plug_in(Picky()),
+        pytest.raises(nsa_port.BackendUnavailable, match="too_picky"),
+    ):
         combine()
 
 
@@ -364,10 +365,10 @@ def test_a_switch_with_another_value_is_an_error(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_broken_plugin_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    point = registry.importlib.metadata.EntryPoint(
+    point = importlib.metadata.EntryPoint(
         "sick", "nsa_port_no_such_module:BACKEND", registry.ENTRY_POINTS
     )
-    monkeypatch.setattr(registry.importlib.metadata, "entry_points", lambda **_: [point])
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: [point])
     registry.table.cache_clear()
     try:
         sick = {status.name: status for status in nsa_port.backends()}["sick"]
