@@ -203,9 +203,7 @@ def reference_run(
     """Outputs and input gradients of the reference, in float64 if `wide`."""
     if wide:
         tensors = [t.double() if t.is_floating_point() else t for t in tensors]
-    leaves = [
-        t.detach().clone().requires_grad_() if t.is_floating_point() else t for t in tensors
-    ]
+    leaves = [t.detach().clone().requires_grad_() if t.is_floating_point() else t for t in tensors]
     options: dict = dict(case.where)
     if operator == "compressed_attention":
         options["num_keys"] = case.S

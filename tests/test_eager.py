@@ -94,9 +94,7 @@ def test_branch_gradients_without_a_gradient_of_lse(operator: str) -> None:
 @every_case
 def test_chosen_blocks_equal_the_reference(case: Case) -> None:
     x = make_inputs(case)
-    _, lse = eager.compressed_attention(
-        x.q, x.k_cmp, x.v_cmp, case.config, case.layout, case.scale
-    )
+    _, lse = eager.compressed_attention(x.q, x.k_cmp, x.v_cmp, case.config, case.layout, case.scale)
     chosen = eager.select_blocks(x.q, x.k_cmp, lse, case.config, case.layout, case.scale)
     assert chosen.dtype == torch.int32
     assert torch.equal(chosen, chosen_blocks(case, x.q, x.k_cmp))
@@ -139,7 +137,9 @@ def test_combine_and_its_gradients_match_the_reference(name: str) -> None:
     out = eager.combine(*outputs, x.gates)
     found = [out, *eager.combine_backward(x.grad, *outputs, x.gates)]
     exact, plain = run([t.double() for t in (*outputs, x.gates)]), run([*outputs, x.gates])
-    for what, *values in zip(("out", "cmp", "slc", "win", "gates"), found, exact, plain, strict=True):
+    for what, *values in zip(
+        ("out", "cmp", "slc", "win", "gates"), found, exact, plain, strict=True
+    ):
         assert_close(*values, what)
 
 
@@ -203,7 +203,7 @@ def test_inputs_may_have_any_strides(name: str) -> None:
         view.copy_(x)
         strided[key] = view
     expected, found = run_everything(case, dense), run_everything(case, strided)
-    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    torch.testing.assert_close(found, expected)
 
 
 def test_keys_may_be_expanded_over_the_batch() -> None:
@@ -213,8 +213,7 @@ def test_keys_may_be_expanded_over_the_batch() -> None:
         key: x[:1].expand_as(x) if key.startswith(("k_", "v_")) else x for key, x in dense.items()
     }
     expected = run_everything(case, {key: x.contiguous() for key, x in shared.items()})
-    found = run_everything(case, shared)
-    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    torch.testing.assert_close(run_everything(case, shared), expected)
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
