@@ -6,7 +6,7 @@ import importlib.metadata
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from types import ModuleType
 
@@ -248,7 +248,7 @@ class Plugin(TorchBackend):
     """Runs `combine` alone, and only where it is forced."""
 
     name = "plugin"
-    kernels = {"combine": "nsa_port_test_kernels"}  # noqa: RUF012
+    kernels: Mapping[str, str] = {"combine": "nsa_port_test_kernels"}
 
     def is_native(self, environment: Environment) -> bool:
         return False
