@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from nsa_port.backends.interface import PARTS, Environment, Problem, Reason
+from nsa_port.backends.interface import OPERATORS, Environment, Problem, Reason
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
