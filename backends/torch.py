@@ -14,7 +14,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class TorchBackend:
     name = "torch"
     level = 5
-    kernels: Mapping[str, str] = dict.fromkeys(("mean_compress", *PARTS), "nsa_port.kernels.eager")
+    kernels: Mapping[str, str] = dict.fromkeys(OPERATORS, "nsa_port.kernels.eager")
 
     def is_native(self, environment: Environment) -> bool:
         return True
