@@ -9,7 +9,8 @@ the same request is answered again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,16 +62,27 @@ def _problem(
     )
 
 
+@contextmanager
+def _kernels_only(device: torch.device) -> Iterator[None]:
+    """Neither autograd nor autocast reaches into a kernel: it decides its own dtypes."""
+    with torch.no_grad():
+        if torch.is_autocast_enabled(device.type):
+            with torch.autocast(device.type, enabled=False):
+                yield
+        else:
+            yield
+
+
 def _run(problem: Problem, device: torch.device, backend: str, *args: Any) -> tuple[Any, str]:
     """The result of the chosen backend's kernel, and the backend's name."""
     chosen = registry.choose(problem, device, backend)
-    with torch.no_grad():
+    with _kernels_only(device):
         return registry.kernel(chosen, problem.operator)(*args), chosen.name
 
 
 def _run_backward(operator: str, backend: str, problem: Problem, *args: Any) -> Any:
     chosen = registry.choose(problem, args[0].device, backend)
-    with torch.no_grad():
+    with _kernels_only(args[0].device):
         return registry.kernel(chosen, operator, "_backward")(*args)
 
 
@@ -436,7 +448,7 @@ def nsa_attention(*args: Any) -> WholeForward:
     chosen = registry.choose_parts(problem, q.device, backend)
     expanded = gates.expand(*q.shape[:3], 3)
     given = (*tensors[:-1], expanded, config, layout, scale, needs_grad)
-    with torch.no_grad():
+    with _kernels_only(q.device):
         fused = compose.fused_backend(chosen)
         if fused is not None:
             result: WholeForward = registry.kernel(fused, "nsa_attention")(*given)
@@ -474,7 +486,7 @@ def nsa_attention_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     chosen = registry.choose_parts(problem, q.device, backend)
     expanded = gates.expand(*q.shape[:3], 3)
     given = (grad, *tensors[:-1], expanded, saved, config, layout, scale)
-    with torch.no_grad():
+    with _kernels_only(q.device):
         fused = compose.fused_backend(chosen)
         if fused is not None:
             *grads, dgates = registry.kernel(fused, "nsa_attention", "_backward")(*given)
