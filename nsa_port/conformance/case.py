@@ -83,9 +83,20 @@ class Context:
         """Where float64 is computed: not every accelerator has it."""
         return self.device if self.device.type in ("cpu", "cuda") else torch.device("cpu")
 
-    def compare(self, name: str, actual: Tensor, exact: Tensor, plain: Tensor) -> None:
-        """Hold a tensor to the float64 reference; see `tolerance`."""
-        self.measurements += tolerance.measure(name, actual, exact, plain)
+    def compare(
+        self,
+        name: str,
+        actual: Tensor,
+        exact: Tensor,
+        plain: Tensor,
+        *,
+        exponent: float = 0.0,
+        terms: float = 0.0,
+    ) -> None:
+        """Hold a tensor to the float64 reference; see `tolerance.measure`."""
+        self.measurements += tolerance.measure(
+            name, actual, exact, plain, exponent=exponent, terms=terms
+        )
 
     def same(self, name: str, actual: Tensor, expected: Tensor) -> None:
         """Demand equality to the bit, NaN counting as equal to nothing."""

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from nsa_port.conformance import level0, level1, level2
+from nsa_port.conformance import level0, level1, level2, level3, level3_peers
 from nsa_port.conformance.case import Case
 
-CASES: tuple[Case, ...] = (*level0.CASES, *level1.CASES, *level2.CASES)
+CASES: tuple[Case, ...] = (
+    *level0.CASES,
+    *level1.CASES,
+    *level2.CASES,
+    *level3.CASES,
+    *level3_peers.CASES,
+)
 
 
 def case(id: str) -> Case:

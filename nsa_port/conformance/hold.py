@@ -3,6 +3,7 @@ reference."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -49,13 +50,15 @@ def forward(context: Context, inputs: Inputs) -> WholeForward:
     both = references(context, inputs)
     exact = run_reference(both.exact, got.indices.to(both.exact.q.device))
     plain = run_reference(both.plain, got.indices)
+    exponent = tolerance.largest_exponent(exact.lse)
     for name in _BRANCHES:
-        context.compare(name, getattr(got, name), getattr(exact, name), getattr(plain, name))
+        given = (getattr(outputs, name) for outputs in (got, exact, plain))
+        context.compare(name, *given, exponent=exponent)
     with torch.no_grad():
         alone = run(inputs, context.name)
     selection(context, inputs, alone.indices)
     if torch.equal(alone.indices, got.indices):
-        context.compare("out without gradients", alone.out, exact.out, plain.out)
+        context.compare("out without gradients", alone.out, exact.out, plain.out, exponent=exponent)
     return got
 
 
@@ -74,11 +77,17 @@ def backward(context: Context, inputs: Inputs, *, seed: int = 99) -> tuple[Tenso
     gradients = torch.autograd.grad(got.out, leaves.tensors, grad)
     selection(context, inputs, got.indices)
     both = references(context, inputs)
-    exact = _reference_gradients(both.exact, got.indices, grad)
-    plain = _reference_gradients(both.plain, got.indices, grad)
+    exact, lse = _reference_gradients(both.exact, got.indices, grad)
+    plain, _ = _reference_gradients(both.plain, got.indices, grad)
+    exponent, terms = tolerance.largest_exponent(lse), largest(exact)
     for name, actual, wanted, rough in zip(NAMES, gradients, exact, plain, strict=True):
-        context.compare(f"d{name}", actual, wanted, rough)
+        context.compare(f"d{name}", actual, wanted, rough, exponent=exponent, terms=terms)
     return gradients
+
+
+def largest(tensors: Iterable[Tensor]) -> float:
+    """The largest magnitude in any of the tensors."""
+    return max((float(t.abs().max()) for t in tensors if t.numel()), default=0.0)
 
 
 def selection(context: Context, inputs: Inputs, indices: Tensor) -> None:
@@ -101,7 +110,7 @@ def selection(context: Context, inputs: Inputs, indices: Tensor) -> None:
 
 def _sequence_selection(context: Context, inputs: Inputs, indices: Tensor) -> Measurement:
     both = references(context, inputs)
-    exact, expected = _score(both.exact)
+    exact, expected, lse = _score(both.exact)
     plain = _score(both.plain)[0].to(exact.device)
     chosen = indices.to(exact.device).long()
     cfg, blocks = inputs.cfg, exact.shape[-1]
@@ -128,7 +137,7 @@ def _sequence_selection(context: Context, inputs: Inputs, indices: Tensor) -> Me
     forced = ((block < cfg.init_blocks) | (block > own - cfg.local_blocks)) & (block <= own)
     context.require(not (forced & ~mine).any(), "a forced block (first or local) is not chosen")
     lost, gained = theirs & ~mine, mine & ~theirs
-    budgets = tolerance.score_budgets(plain, exact, inputs.q.dtype)
+    budgets = tolerance.score_budgets(plain, exact, inputs.q.dtype, tolerance.largest_exponent(lse))
     differs = lost.any(-1) & gained.any(-1)
     if not differs.any():
         return Measurement("choice of blocks", 0.0, float(budgets.max()))
@@ -145,8 +154,8 @@ def _sequence_selection(context: Context, inputs: Inputs, indices: Tensor) -> Me
     return max(found, key=lambda m: m.ratio)
 
 
-def _score(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """The block scores of a call that is not packed, and the reference's choice by them."""
+def _score(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """The block scores of a call that is not packed, the reference's choice by them, the lse."""
     where: dict[str, Any] = {
         "num_keys": inputs.num_keys,
         "scale": inputs.scale,
@@ -155,7 +164,7 @@ def _score(inputs: Inputs) -> tuple[Tensor, Tensor]:
     q, k_cmp, cfg = inputs.q, inputs.k_cmp, inputs.cfg
     _, lse = reference.compressed_attention(q, k_cmp, inputs.v_cmp, cfg, **where)
     scores = reference.block_scores(q, k_cmp, lse, cfg, **where)
-    return scores, reference.select_blocks(q, k_cmp, lse, cfg, **where).long()
+    return scores, reference.select_blocks(q, k_cmp, lse, cfg, **where).long(), lse
 
 
 def _as_mask(indices: Tensor, blocks: int) -> Tensor:
@@ -164,11 +173,16 @@ def _as_mask(indices: Tensor, blocks: int) -> Tensor:
     return mask.scatter(-1, torch.where(inside, indices, blocks), True)[..., :blocks]
 
 
-def _reference_gradients(inputs: Inputs, indices: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+def _reference_gradients(
+    inputs: Inputs, indices: Tensor, grad: Tensor
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The gradients, and the lse of the three branches."""
     leaves = inputs.leaves()
-    out = run_reference(leaves, indices.to(leaves.q.device)).out
+    result = run_reference(leaves, indices.to(leaves.q.device))
+    out = result.out
     found = torch.autograd.grad(out, leaves.tensors, grad.to(out), allow_unused=True)
-    return tuple(
+    gradients = tuple(
         torch.zeros_like(leaf) if gradient is None else gradient
         for leaf, gradient in zip(leaves.tensors, found, strict=True)
     )
+    return gradients, result.lse.detach()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nsa_port import functional, reference
-from nsa_port.conformance import hold
+from nsa_port.conformance import hold, tolerance
 from nsa_port.conformance.case import OPTIONAL, REQUIRED, Case, Context
 from nsa_port.conformance.inputs import COMPACT, Inputs, Shape, like, make
 from nsa_port.kernels.geometry import NSAConfig
@@ -28,9 +28,11 @@ def branch(
 ) -> None:
     """Compare one branch's `out, lse` with the reference's."""
     both = hold.references(context, given)
-    for at, label in ((0, "out"), (1, "lse")):
-        exact = _reference_branch(name, both.exact, indices)[at]
-        context.compare(label, actual[at], exact, _reference_branch(name, both.plain, indices)[at])
+    exact = _reference_branch(name, both.exact, indices)
+    plain = _reference_branch(name, both.plain, indices)
+    exponent = tolerance.largest_exponent(exact[1])
+    for at, label in enumerate(("out", "lse")):
+        context.compare(label, actual[at], exact[at], plain[at], exponent=exponent)
 
 
 def _reference_branch(name: str, given: Inputs, indices: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nsa_port import functional, reference
-from nsa_port.conformance import hold
+from nsa_port.conformance import hold, tolerance
 from nsa_port.conformance.case import Case, Context
 from nsa_port.conformance.inputs import COMPACT, Inputs, Shape, like
 from nsa_port.conformance.level1 import ALL_DTYPES, PAPER_BLOCKS, inputs, random_indices
@@ -42,9 +42,14 @@ def gradients(
 
     got = differentiate(actual, tensors)
     plain = differentiate(oracle, [hold.to_plain(context, tensor) for tensor in tensors])
-    exact = differentiate(oracle, [hold.to_exact(context, tensor) for tensor in tensors])
+    exactly = [hold.to_exact(context, tensor) for tensor in tensors]
+    exact = differentiate(oracle, exactly)
+    _, *lse = oracle(*exactly)
+    exponent = max(map(tolerance.largest_exponent, lse), default=0.0)
+    terms = hold.largest(exact)
     for at, (mine, wanted, rough) in enumerate(zip(got, exact, plain, strict=True)):
-        context.compare(f"gradient of argument {at}", mine, wanted, rough)
+        name = f"gradient of argument {at}"
+        context.compare(name, mine, wanted, rough, exponent=exponent, terms=terms)
 
 
 def _attention(name: str) -> Callable[[Context], None]:

@@ -24,12 +24,16 @@ from torch import Tensor
 
 FACTOR = 2.0
 STORED = 1.0
-"""eps of the call's dtype: half for rounding the result, half for an operand of the last product."""
+"""eps of the call's dtype: half for rounding the result, half for an operand of its product."""
 
-COMPUTED = 8.0
-"""eps of the dtype that softmax and sums run in, float32 for 16-bit calls: two each for a logit,
-for the probability that backward rebuilds from lse, for the order of a product's sum, and for the
-row sum of `grad * out`, which takes the place of a sum over all keys."""
+COMPUTED = 4.0
+"""eps of the dtype that softmax and sums run in, float32 for 16-bit calls: two for the order of a
+product's sum, two for the row sum of `grad * out` that takes the place of a sum over all keys."""
+
+EXPONENT = 1.0
+"""eps of that dtype for each unit of the largest exponent: half for rounding a logit, half for
+rounding the lse that backward rebuilds probabilities from. What is an absolute error of an
+exponent is a relative one of its exponential."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,50 +61,68 @@ def plain_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float64 else dtype
 
 
-def measure(name: str, actual: Tensor, exact: Tensor, plain: Tensor) -> tuple[Measurement, ...]:
+def measure(
+    name: str,
+    actual: Tensor,
+    exact: Tensor,
+    plain: Tensor,
+    *,
+    exponent: float = 0.0,
+    terms: float = 0.0,
+) -> tuple[Measurement, ...]:
     """Hold `actual` to the rule. Infinities (an empty row's lse) must be where `exact` has them.
 
-    `plain` has the `plain_dtype` of `actual`, `exact` is float64, all have the same shape.
+    Args:
+        actual, exact, plain: of the same shape; `exact` in float64, `plain` in the `plain_dtype`
+            of `actual`.
+        exponent: the largest exponent that went into it, see `largest_exponent`.
+        terms: the size of what was summed. It is the scale of rounding where all of it cancels,
+            as in the gradient of a softmax over one key.
     """
     if actual.shape != exact.shape:
         raise AssertionError(f"{name} has shape {list(actual.shape)}, not {list(exact.shape)}")
     if plain_dtype(actual.dtype) != plain.dtype:
         raise AssertionError(f"{name} is {actual.dtype}, not {plain.dtype}")
-    rounding = band(actual.dtype)
+    rounding = band(actual.dtype, exponent)
     shrink = _shrink(actual.dtype)
     exact = exact.detach()
     actual, plain = (tensor.detach().to(exact) for tensor in (actual, plain))
     infinite = exact.isinf()
     if not torch.equal(actual.isfinite(), ~infinite) or (actual != exact)[infinite].any():
         return (Measurement(name, math.inf, 0.0),)
-    actual, plain, exact = (t.masked_fill(infinite, 0) for t in (actual, plain, exact))
     if not exact.numel():
         return (Measurement(name, 0.0, 0.0),)
-    return (
-        Measurement(
-            f"{name} (largest)",
-            _largest(actual - exact),
-            FACTOR * (shrink * _largest(plain - exact) + rounding * _largest(exact)),
-        ),
-        Measurement(
-            f"{name} (norm)",
-            _norm(actual - exact, exact),
-            FACTOR * (shrink * _norm(plain - exact, exact) + rounding * bool(exact.any())),
-        ),
+    error, plain_error = ((t - exact).masked_fill(infinite, 0) for t in (actual, plain))
+    exact = exact.masked_fill(infinite, 0)
+    largest = Measurement(
+        f"{name} (largest)",
+        _largest(error),
+        FACTOR * (shrink * _largest(plain_error) + rounding * (_largest(exact) or terms)),
     )
+    norm = float(exact.norm())
+    if not norm:
+        return (largest,)
+    budget = FACTOR * (shrink * float(plain_error.norm()) / norm + rounding)
+    return largest, Measurement(f"{name} (norm)", float(error.norm()) / norm, budget)
 
 
-def band(dtype: torch.dtype) -> float:
+def band(dtype: torch.dtype, exponent: float = 0.0) -> float:
     """The relative error that rounding alone may cause in a result of `dtype`."""
-    computed = torch.promote_types(dtype, torch.float32)
-    return STORED * torch.finfo(dtype).eps + COMPUTED * torch.finfo(computed).eps
+    computed = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    return STORED * torch.finfo(dtype).eps + (COMPUTED + EXPONENT * exponent) * computed
+
+
+def largest_exponent(lse: Tensor) -> float:
+    """The largest finite magnitude of the log-sum-exps of a call."""
+    finite = lse[lse.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
 
 
 def _shrink(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / torch.finfo(plain_dtype(dtype)).eps
 
 
-def score_budgets(plain: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
+def score_budgets(plain: Tensor, exact: Tensor, dtype: torch.dtype, exponent: float) -> Tensor:
     """The rule's budget for every block score `[..., blocks]` of a call in `dtype`.
 
     Scores are float32, or float64 for float64 calls. They are exponentials, so that their errors
@@ -111,15 +133,9 @@ def score_budgets(plain: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
     error = (plain.to(exact) - exact).abs()
     underflows = exact < torch.finfo(computed).tiny / torch.finfo(computed).eps
     relative = (error / exact).masked_fill(underflows, 0).amax(-1, keepdim=True)
-    relative = (_shrink(computed) * relative + band(computed)) * exact
+    relative = (_shrink(computed) * relative + band(computed, exponent)) * exact
     return FACTOR * torch.where(underflows, error + relative, relative)
 
 
 def _largest(tensor: Tensor) -> float:
     return float(tensor.abs().max())
-
-
-def _norm(difference: Tensor, exact: Tensor) -> float:
-    """The Frobenius norm relative to that of `exact`; absolute where `exact` is all zero."""
-    scale = float(exact.norm())
-    return float(difference.norm()) / (scale or 1.0)
