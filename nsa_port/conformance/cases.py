@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from nsa_port.conformance import level0, level1, level2, level3, level3_peers
+from nsa_port.conformance import (
+    level0,
+    level1,
+    level2,
+    level3,
+    level3_peers,
+    level4,
+    level4_torch,
+)
 from nsa_port.conformance.case import Case
 
 CASES: tuple[Case, ...] = (
@@ -11,6 +19,8 @@ CASES: tuple[Case, ...] = (
     *level2.CASES,
     *level3.CASES,
     *level3_peers.CASES,
+    *level4.CASES,
+    *level4_torch.CASES,
 )
 
 

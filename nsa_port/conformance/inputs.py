@@ -183,24 +183,27 @@ def like(tensor: Tensor, seed: int) -> Tensor:
     return torch.randn(tensor.shape, generator=generator).to(tensor)
 
 
+def operator_arguments(inputs: Inputs, backend: str, *, needs_grad: bool = False) -> tuple:
+    """What every attention operator of `torch.ops.nsa_port` ends with."""
+    scale = inputs.q.shape[-1] ** -0.5 if inputs.scale is None else inputs.scale
+    cu_k = inputs.cu_seqlens if inputs.cu_seqlens_k is None else inputs.cu_seqlens_k
+    return (
+        inputs.cfg.as_ints(),
+        inputs.num_keys,
+        scale,
+        inputs.cu_seqlens,
+        cu_k,
+        inputs.positions,
+        needs_grad,
+        backend,
+    )
+
+
 def run(inputs: Inputs, backend: str, *, needs_grad: bool = False) -> WholeForward:
     """The operator under `nsa_port.nsa_attention`, which also tells the branches, the lse and the
     choice of blocks; branches are empty without `needs_grad`."""
-    scale = inputs.q.shape[-1] ** -0.5 if inputs.scale is None else inputs.scale
-    cu_k = inputs.cu_seqlens if inputs.cu_seqlens_k is None else inputs.cu_seqlens_k
-    return WholeForward(
-        *torch.ops.nsa_port.nsa_attention(
-            *inputs.tensors,
-            inputs.cfg.as_ints(),
-            inputs.num_keys,
-            scale,
-            inputs.cu_seqlens,
-            cu_k,
-            inputs.positions,
-            needs_grad,
-            backend,
-        )
-    )
+    where = operator_arguments(inputs, backend, needs_grad=needs_grad)
+    return WholeForward(*torch.ops.nsa_port.nsa_attention(*inputs.tensors, *where))
 
 
 def run_reference(inputs: Inputs, indices: Tensor) -> WholeForward:

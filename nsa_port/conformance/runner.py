@@ -23,6 +23,7 @@ from nsa_port.conformance.case import (
     outcome_of,
     stand_in,
 )
+from nsa_port.conformance.poison import uninitialised_memory_is_nan
 from nsa_port.registry import BackendUnavailable, UnknownBackend
 
 _POISONED_LEVELS = (1, 2, 3)
@@ -120,22 +121,6 @@ def _prepared(poison: bool) -> Iterator[None]:
 @contextmanager
 def _nothing() -> Iterator[None]:
     yield
-
-
-@contextmanager
-def uninitialised_memory_is_nan() -> Iterator[None]:
-    """Make `torch.empty` and its kin return NaN (or the largest integer), also from C++."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    memory = torch.utils.deterministic
-    fill = memory.fill_uninitialized_memory  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    memory.fill_uninitialized_memory = True  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        memory.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
 def _describe(error: Exception) -> str:
