@@ -124,11 +124,11 @@ def by_the_paper(layer: NativeSparseAttention, x: Tensor) -> Tensor:
 def turn(x: Tensor, rotary_dim: int) -> Tensor:
     """RoPE by complex numbers, position by position."""
     half = rotary_dim // 2
-    frequency = 10000.0 ** (-torch.arange(half, dtype=x.dtype) / half)
-    turned = x.clone()
+    frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    turned, exact = x.clone(), x.double()
     for position in range(x.shape[1]):
-        z = torch.complex(x[:, position, ..., :half], x[:, position, ..., half:rotary_dim])
-        z = z * torch.polar(torch.ones(half, dtype=x.dtype), position * frequency)
+        z = torch.complex(exact[:, position, ..., :half], exact[:, position, ..., half:rotary_dim])
+        z = z * torch.polar(torch.ones_like(frequency), position * frequency)
         turned[:, position, ..., :half] = z.real
         turned[:, position, ..., half:rotary_dim] = z.imag
     return turned
@@ -310,12 +310,13 @@ def test_factory_arguments_reach_every_parameter() -> None:
 
 
 def test_compiled_in_one_graph_it_computes_the_same_for_all_lengths() -> None:
-    layer = make(rotary_dim=4, dtype=torch.float32)
+    layer = make("linear", rotary_dim=4, dtype=torch.float32)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
     for T in (40, 51, 66):
         x = tokens(2, T, torch.float32).requires_grad_()
+        torch._dynamo.mark_dynamic(x, 1)
         y = compiled(x)
         y.square().sum().backward()
         found, dx = gradients(layer), x.grad
@@ -335,9 +336,11 @@ def test_compiled_in_one_graph_it_takes_packed_sequences() -> None:
     layer = make(rotary_dim=4, dtype=torch.float32)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
     for lengths in ((10, 30), (0, 25, 3, 22), (51, 1, 9)):
         x, cu = tokens(1, sum(lengths), torch.float32), cumulative(*lengths)
+        torch._dynamo.mark_dynamic(x, 1)
+        torch._dynamo.mark_dynamic(cu, 0)
         y = compiled(x, cu_seqlens=cu)
         y.square().sum().backward()
         found = gradients(layer)
