@@ -150,20 +150,21 @@ def _small_scores(context: Context) -> None:
     """Scores of 1e-4 to 1e-3 that differ by 0.2%: a score of 16 bits cannot tell them apart.
 
     The logits are multiples of 2^-9, exact in every dtype; one forced block holds nearly all the
-    probability.
+    probability. Every n draws the line between two other neighbours.
     """
-    blocks, free = 128, 16
-    cfg = replace(_ONE_TO_ONE, num_selected=free + 3)
+    blocks = 128
     generator = torch.Generator().manual_seed(8)
     rank = torch.randperm(blocks, generator=generator)
     logits = (rank / 512.0)[None, None].clone()
     logits[..., 0] = 8.0
     p = logits.double().softmax(-1)[0, 0, 1:]
     assert 1e-4 < float(p.min()) < float(p.max()) < 1e-3
-    candidates = [block for block in range(1, blocks - 2)]
-    best = sorted(candidates, key=lambda block: -int(rank[block]))[:free]
-    chosen = by_hand(context, logits, blocks * 16, cfg)
-    expect(context, "the 16 best of 125", chosen[0], sorted([0, *best, blocks - 2, blocks - 1]))
+    candidates = sorted(range(1, blocks - 2), key=lambda block: -int(rank[block]))
+    for free in range(4, 20):
+        cfg = replace(_ONE_TO_ONE, num_selected=free + 3)
+        chosen = by_hand(context, logits, blocks * 16, cfg)
+        expected = sorted([0, *candidates[:free], blocks - 2, blocks - 1])
+        expect(context, f"the {free} best of 125", chosen[0], expected)
 
 
 def _underflow(context: Context) -> None:
