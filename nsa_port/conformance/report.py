@@ -1,0 +1,202 @@
+"""What a run of the suite leaves behind: one document, as JSON and as JUnit."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import nsa_port
+from nsa_port import environment as machine
+from nsa_port import settings
+from nsa_port.conformance import LEVELS, SUITE_VERSION
+from nsa_port.conformance.case import FAIL, PASS, UNSUPPORTED, Result, stand_in
+from nsa_port.conformance.runner import Plan
+
+SCHEMA = 1
+"""Of the JSON document; rises when a reader of the old one would misread the new one."""
+
+Document = dict[str, Any]
+
+
+def document(plan: Plan, level: int, results: Sequence[Result], seconds: float) -> Document:
+    """Everything there is to say of a run, in plain values."""
+    counts = Counter(result.outcome for result in results)
+    breaches = sum(result.breach for result in results)
+    return {
+        "schema": SCHEMA,
+        "suite": {"version": SUITE_VERSION, "level": level, "levels": LEVELS[level]},
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 2),
+        "backend": {
+            "name": plan.backend.name,
+            "declared_level": plan.backend.level,
+            "stand_in": stand_in(plan.backend, plan.device),
+        },
+        "environment": _environment(plan),
+        "git": _git_state(),
+        "summary": {
+            PASS: counts[PASS],
+            FAIL: counts[FAIL],
+            UNSUPPORTED: counts[UNSUPPORTED],
+            "breaches": breaches,
+        },
+        "conforms": conforms(results),
+        "cases": [_case(result) for result in results],
+    }
+
+
+def conforms(results: Sequence[Result]) -> bool:
+    """Nothing failed, and nothing is unsupported within the declared level."""
+    return bool(results) and not any(r.outcome == FAIL or r.breach for r in results)
+
+
+def _case(result: Result) -> Document:
+    worst = result.worst
+    return {
+        "id": result.id,
+        "case": result.case.id,
+        "level": result.case.level,
+        "title": result.case.title,
+        "shows": result.case.shows,
+        "peers": result.case.peers,
+        "dtype": result.dtype_name,
+        "outcome": result.outcome,
+        "breach": result.breach,
+        "measured": len(result.measurements),
+        "worst": worst.name if worst else "",
+        "error": _finite(worst.error) if worst else None,
+        "budget": _finite(worst.budget) if worst else None,
+        "ratio": _finite(worst.ratio) if worst else None,
+        "seconds": round(result.seconds, 3),
+        "failures": list(result.messages),
+        "notes": list(result.notes),
+        "reasons": [asdict(reason) for reason in result.reasons],
+    }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity: None stands for it."""
+    return value if math.isfinite(value) else None
+
+
+def _environment(plan: Plan) -> Document:
+    found = machine.probe(plan.device)
+    triton = found.triton
+    return {
+        "nsa_port": nsa_port.__version__,
+        "device": str(plan.device),
+        "device_name": found.device_name or platform.processor() or platform.machine(),
+        "arch": found.arch or platform.machine(),
+        "torch": found.torch_version,
+        "triton": triton.version if triton else "",
+        "cuda": found.cuda_version or "",
+        "hip": found.hip_version or "",
+        "python": platform.python_version(),
+        "os": platform.platform(),
+        "settings": {name: settings.value(name) for name in settings.VARIABLES},
+        "interpreter": found.interpreter,
+        "emulate": found.emulate,
+    }
+
+
+def _git_state() -> Document | None:
+    """Commit and cleanliness if the package runs from a checkout, None if it is installed."""
+    folder = Path(nsa_port.__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    commit = git("rev-parse", "HEAD")
+    return None if commit is None else {"commit": commit, "dirty": bool(git("status", "-s"))}
+
+
+def write(found: Document, folder: Path) -> list[Path]:
+    """Write `conformance.json`, `.xml` (JUnit) and `.html` into the folder; returns the paths."""
+    from nsa_port.conformance import page
+
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {
+        "conformance.json": json.dumps(found, indent=1) + "\n",
+        "conformance.xml": junit(found),
+        "conformance.html": page.render(found),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return [folder / name for name in texts]
+
+
+def read(path: Path) -> Document:
+    """A document that `write` wrote.
+
+    Raises:
+        ValueError: it is no such document, or of a schema this version does not know.
+    """
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        schema = found.get("schema") if isinstance(found, dict) else None
+        raise ValueError(f"{path} is no conformance result of schema {SCHEMA}: found {schema!r}")
+    return found
+
+
+def junit(found: Mapping[str, Any]) -> str:
+    """The same as JUnit XML: a suite per level, unsupported as skipped unless it is a breach."""
+    root = ElementTree.Element("testsuites", name=f"nsa_port conformance: {_who(found)}")
+    for level, title in LEVELS.items():
+        cases = [case for case in found["cases"] if case["level"] == level]
+        if not cases:
+            continue
+        failed = [case for case in cases if case["outcome"] == FAIL or case["breach"]]
+        skipped = [case for case in cases if case["outcome"] == UNSUPPORTED and not case["breach"]]
+        suite = ElementTree.SubElement(
+            root,
+            "testsuite",
+            name=f"level {level}: {title}",
+            tests=str(len(cases)),
+            failures=str(len(failed)),
+            skipped=str(len(skipped)),
+            time=f"{sum(case['seconds'] for case in cases):.3f}",
+        )
+        for case in cases:
+            _junit_case(suite, case)
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _junit_case(suite: ElementTree.Element, case: Mapping[str, Any]) -> None:
+    entry = ElementTree.SubElement(
+        suite,
+        "testcase",
+        classname=f"nsa_port.conformance.level{case['level']}",
+        name=case["id"],
+        time=f"{case['seconds']:.3f}",
+    )
+    reasons = "; ".join(f"[{reason['code']}] {reason['message']}" for reason in case["reasons"])
+    if case["outcome"] == FAIL:
+        text = "\n".join(case["failures"])
+        ElementTree.SubElement(entry, "failure", message=text.split("\n")[0]).text = text
+    elif case["breach"]:
+        message = f"unsupported within the declared level: {reasons}"
+        ElementTree.SubElement(entry, "failure", message=message)
+    elif case["outcome"] == UNSUPPORTED:
+        ElementTree.SubElement(entry, "skipped", message=reasons)
+
+
+def _who(found: Mapping[str, Any]) -> str:
+    return f"{found['backend']['name']} on {found['environment']['device_name']}"
