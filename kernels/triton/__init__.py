@@ -1,4 +1,4 @@
-"""Every operator of `nsa_port` in Triton: one function per operator, as `backends/interface.py` asks.
+"""Every operator of `nsa_port` in Triton, one function each, as `backends/interface.py` asks.
 
 How the kernels are written, once for all files:
 

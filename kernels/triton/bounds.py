@@ -18,7 +18,7 @@ from nsa_port.kernels.triton.host import bits_of
 from nsa_port.kernels.triton.tiles import LARGEST, find_interval, tile_extent
 
 _BLOCK = 256
-_TILES = 128
+_PARTS = 128
 
 
 class Kind(IntEnum):
@@ -50,7 +50,12 @@ class QueryBounds(NamedTuple):
 
 
 def query_bounds(
-    kind: Kind, num_queries: int, num_rows: int, config: NSAConfig, layout: Layout, device: torch.device
+    kind: Kind,
+    num_queries: int,
+    num_rows: int,
+    config: NSAConfig,
+    layout: Layout,
+    device: torch.device,
 ) -> QueryBounds:
     """The bounds of `num_queries` queries over a key tensor of `num_rows` rows.
 
@@ -160,88 +165,169 @@ def _query_bounds_kernel(
     tl.store(sequence + o_out, b_sequence, mask=m_query)
 
 
-def query_ranges(bounds: QueryBounds, num_rows: int, block_m: int, block_n: int) -> Tensor:
-    """For each block of `block_n` key rows, the tiles of `block_m` queries that see any of it.
+class Tiles(NamedTuple):
+    """Tokens cut into tiles of a fixed size that never cross into the next packed sequence.
 
-    int32 `[B or 1, blocks, 4]`: `first, full_first, full_stop, stop`. Tiles outside
-    `first .. stop - 1` see nothing of the block; every query of the tiles `full_first ..
-    full_stop - 1` sees all of it.
+    `first`, `stop` and `sequence` are int32 `[count]`; `count` is an upper bound known on the
+    host, and surplus tiles are empty. All three are None where there is one sequence, whose tiles
+    a kernel finds by itself, see `tile_of`.
+    """
+
+    first: Tensor | None
+    stop: Tensor | None
+    sequence: Tensor | None
+    count: int
+
+
+def cut_tiles(num_tokens: int, size: int, cu_seqlens: Tensor | None) -> Tiles:
+    """The tiles of `size` tokens; all lie in `0 .. num_tokens` whatever `cu_seqlens` holds."""
+    if cu_seqlens is None:
+        return Tiles(None, None, None, triton.cdiv(num_tokens, size))
+    cu_seqlens = cu_seqlens.to(torch.int32)
+    sequences = cu_seqlens.shape[0] - 1
+    count = num_tokens // size + sequences
+    number = (cu_seqlens.diff() + (size - 1)).div(size, rounding_mode="floor").clamp(min=0)
+    ends = number.cumsum(0, dtype=torch.int32)
+    tile = torch.arange(count, dtype=torch.int32, device=cu_seqlens.device)
+    sequence = torch.searchsorted(ends, tile, right=True, out_int32=True).clamp(max=sequences - 1)
+    first = cu_seqlens[sequence] + (tile - (ends - number)[sequence]) * size
+    first = first.clamp(0, num_tokens)
+    stop = torch.minimum(first + size, cu_seqlens[sequence + 1]).clamp(max=num_tokens)
+    return Tiles(first, stop, sequence, count)
+
+
+@triton.jit
+def tile_of(tile_first, tile_stop, i_tile, SIZE: tl.constexpr, num_tokens):
+    """The first token of a tile and the one past its last."""
+    if tile_first is None:
+        first = i_tile * SIZE
+        return first, tl.minimum(first + SIZE, num_tokens)
+    return tl.load(tile_first + i_tile), tl.load(tile_stop + i_tile)
+
+
+def query_ranges(
+    bounds: QueryBounds,
+    num_rows: int,
+    keys: Tiles,
+    cu_queries: Tensor | None,
+    block_m: int,
+    block_n: int,
+) -> Tensor:
+    """For each tile of `block_n` key rows, the queries that see any of it.
+
+    int32 `[B or 1, tiles, 4]`: `start, full_start, full_stop, stop`. Queries outside
+    `start .. stop - 1` see nothing of the tile or belong to another sequence; queries
+    `full_start .. full_stop - 1` all see all of it.
     """
     batches, num_queries = bounds.lower.shape
-    tiles, blocks = triton.cdiv(num_queries, block_m), triton.cdiv(num_rows, block_n)
+    parts = triton.cdiv(num_queries, block_m)
     device = bounds.lower.device
-    extents = torch.empty((batches, 4, tiles), dtype=torch.int32, device=device)
-    ranges = torch.empty((batches, blocks, 4), dtype=torch.int32, device=device)
-    if tiles:
-        _tile_extents_kernel[(batches * tiles,)](
-            bounds.lower, bounds.upper, extents, num_queries, tiles, BLOCK_M=block_m, num_warps=1
+    extents = torch.empty((batches, 4, parts), dtype=torch.int32, device=device)
+    ranges = torch.empty((batches, keys.count, 4), dtype=torch.int32, device=device)
+    if parts:
+        _extents_kernel[(batches * parts,)](
+            bounds.lower, bounds.upper, extents, num_queries, parts, BLOCK_M=block_m, num_warps=1
         )
-    if blocks:
-        _query_ranges_kernel[(batches * blocks,)](
-            extents, ranges, tiles, blocks, BLOCK_N=block_n, TILES=_TILES, num_warps=1
+    if keys.count:
+        _query_ranges_kernel[(batches * keys.count,)](
+            extents,
+            ranges,
+            keys.first,
+            keys.stop,
+            keys.sequence,
+            cu_queries,
+            num_queries,
+            num_rows,
+            parts,
+            keys.count,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            PARTS=_PARTS,
+            num_warps=1,
         )
     return ranges
 
 
-@triton.jit(do_not_specialize=["T", "tiles"])
-def _tile_extents_kernel(lower, upper, extents, T, tiles, BLOCK_M: tl.constexpr):
-    """One program: the extent of one query tile."""
-    i_batch = tl.program_id(0) // tiles
-    i_tile = tl.program_id(0) % tiles
-    o_query = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+@triton.jit(do_not_specialize=["T", "parts"])
+def _extents_kernel(lower, upper, extents, T, parts, BLOCK_M: tl.constexpr):
+    """One program: the extent of one part of `BLOCK_M` queries."""
+    i_batch = (tl.program_id(0) // parts).to(tl.int64)
+    i_part = tl.program_id(0) % parts
+    o_query = i_part * BLOCK_M + tl.arange(0, BLOCK_M)
     m_query = o_query < T
-    o_in = i_batch.to(tl.int64) * T + o_query
-    b_lower = tl.load(lower + o_in, mask=m_query, other=0)
-    b_upper = tl.load(upper + o_in, mask=m_query, other=0)
+    b_lower = tl.load(lower + i_batch * T + o_query, mask=m_query, other=0)
+    b_upper = tl.load(upper + i_batch * T + o_query, mask=m_query, other=0)
     some_lower, some_upper, all_lower, all_upper = tile_extent(b_lower, b_upper, m_query)
-    p_out = extents + i_batch.to(tl.int64) * 4 * tiles + i_tile
+    p_out = extents + i_batch * 4 * parts + i_part
     tl.store(p_out, some_lower)
-    tl.store(p_out + tiles, some_upper)
-    tl.store(p_out + 2 * tiles, all_lower)
-    tl.store(p_out + 3 * tiles, all_upper)
+    tl.store(p_out + parts, some_upper)
+    tl.store(p_out + 2 * parts, all_lower)
+    tl.store(p_out + 3 * parts, all_upper)
 
 
-@triton.jit(do_not_specialize=["tiles", "blocks"])
+@triton.jit(do_not_specialize=["T", "S", "parts", "tiles"])
 def _query_ranges_kernel(
-    extents, ranges, tiles, blocks, BLOCK_N: tl.constexpr, TILES: tl.constexpr
+    extents,
+    ranges,
+    tile_first,
+    tile_stop,
+    tile_sequence,
+    cu_queries,
+    T,
+    S,
+    parts,
+    tiles,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """One program: one block of key rows against all query tiles.
+    """One program: one tile of key rows against all parts of the queries.
 
-    Where queries stand in any order, the tiles that see all of the block may lie apart; only the
+    Where queries stand in any order, the parts that see all of the tile may lie apart; only the
     first run of them is reported as full.
     """
-    i_batch = tl.program_id(0) // blocks
-    i_block = tl.program_id(0) % blocks
-    start, stop = i_block * BLOCK_N, i_block * BLOCK_N + BLOCK_N
-    p_extents = extents + i_batch.to(tl.int64) * 4 * tiles
-    range_first, range_stop, full_first = tiles, 0, tiles
-    for i_tile in range(0, tiles, TILES):
-        o_tile = i_tile + tl.arange(0, TILES)
-        m_some, m_all = _see_block(p_extents, o_tile, tiles, start, stop)
-        range_first = tl.minimum(range_first, tl.min(tl.where(m_some, o_tile, tiles), 0))
-        range_stop = tl.maximum(range_stop, tl.max(tl.where(m_some, o_tile + 1, 0), 0))
-        full_first = tl.minimum(full_first, tl.min(tl.where(m_all, o_tile, tiles), 0))
-    full_first = tl.minimum(full_first, range_stop)
-    full_stop = range_stop
-    for i_tile in range(full_first // TILES * TILES, range_stop, TILES):
-        o_tile = i_tile + tl.arange(0, TILES)
-        m_some, m_all = _see_block(p_extents, o_tile, tiles, start, stop)
-        m_break = (m_all == 0) & (o_tile > full_first)
-        full_stop = tl.minimum(full_stop, tl.min(tl.where(m_break, o_tile, tiles), 0))
-    p_out = ranges + (i_batch.to(tl.int64) * blocks + i_block) * 4
-    tl.store(p_out, tl.minimum(range_first, range_stop))
-    tl.store(p_out + 1, full_first)
+    i_batch = (tl.program_id(0) // tiles).to(tl.int64)
+    i_tile = tl.program_id(0) % tiles
+    start, stop = tile_of(tile_first, tile_stop, i_tile, BLOCK_N, S)
+    p_extents = extents + i_batch * 4 * parts
+    some_first, some_stop, full_first = parts, 0, parts
+    for i_part in range(0, parts, PARTS):
+        o_part = i_part + tl.arange(0, PARTS)
+        m_some, m_all = _see_tile(p_extents, o_part, parts, start, stop)
+        some_first = tl.minimum(some_first, tl.min(tl.where(m_some, o_part, parts), 0))
+        some_stop = tl.maximum(some_stop, tl.max(tl.where(m_some, o_part + 1, 0), 0))
+        full_first = tl.minimum(full_first, tl.min(tl.where(m_all, o_part, parts), 0))
+    some_first = tl.minimum(some_first, some_stop)
+    full_first = tl.minimum(full_first, some_stop)
+    full_stop = some_stop
+    for i_part in range(full_first // PARTS * PARTS, some_stop, PARTS):
+        o_part = i_part + tl.arange(0, PARTS)
+        m_some, m_all = _see_tile(p_extents, o_part, parts, start, stop)
+        m_break = (m_all == 0) & (o_part > full_first)
+        full_stop = tl.minimum(full_stop, tl.min(tl.where(m_break, o_part, parts), 0))
+    query_start, query_stop = 0, T
+    if cu_queries is not None:
+        i_sequence = tl.load(tile_sequence + i_tile)
+        query_start = tl.maximum(tl.load(cu_queries + i_sequence), 0)
+        query_stop = tl.minimum(tl.load(cu_queries + i_sequence + 1), T)
+    query_start = tl.maximum(query_start, some_first * BLOCK_M)
+    query_stop = tl.maximum(tl.minimum(query_stop, some_stop * BLOCK_M), query_start)
+    full_start = tl.minimum(tl.maximum(full_first * BLOCK_M, query_start), query_stop)
+    full_stop = tl.maximum(tl.minimum(full_stop * BLOCK_M, query_stop), full_start)
+    p_out = ranges + (i_batch * tiles + i_tile) * 4
+    tl.store(p_out, query_start)
+    tl.store(p_out + 1, full_start)
     tl.store(p_out + 2, full_stop)
-    tl.store(p_out + 3, range_stop)
+    tl.store(p_out + 3, query_stop)
 
 
 @triton.jit
-def _see_block(p_extents, o_tile, tiles, start, stop):
-    """Which tiles see some and which see all of the key rows `start .. stop - 1`."""
-    m_tile = o_tile < tiles
-    b_some_lower = tl.load(p_extents + o_tile, mask=m_tile, other=LARGEST)
-    b_some_upper = tl.load(p_extents + tiles + o_tile, mask=m_tile, other=0)
-    b_all_lower = tl.load(p_extents + 2 * tiles + o_tile, mask=m_tile, other=LARGEST)
-    b_all_upper = tl.load(p_extents + 3 * tiles + o_tile, mask=m_tile, other=0)
+def _see_tile(p_extents, o_part, parts, start, stop):
+    """Which parts of the queries see some and which see all of the key rows `start .. stop - 1`."""
+    m_part = (o_part < parts) & (start < stop)
+    b_some_lower = tl.load(p_extents + o_part, mask=m_part, other=LARGEST)
+    b_some_upper = tl.load(p_extents + parts + o_part, mask=m_part, other=0)
+    b_all_lower = tl.load(p_extents + 2 * parts + o_part, mask=m_part, other=LARGEST)
+    b_all_upper = tl.load(p_extents + 3 * parts + o_part, mask=m_part, other=0)
     m_some = (b_some_lower < stop) & (b_some_upper > start)
     return m_some, (b_all_lower <= start) & (b_all_upper >= stop)

@@ -110,7 +110,9 @@ def _mean_compress_kernel(
     # A block that the sequence does not fill is past the last: 0.
     m_block = m_row & (b_token >= 0) & (b_token + block_size <= tl.minimum(b_stop, num_inputs))
     o_column = tl.arange(0, WIDTH)
-    p_x = x + i_batch * stride_xb + (o_row % HK).to(tl.int64)[:, None] * stride_xh + o_column[None, :]
+    p_x = (
+        x + i_batch * stride_xb + (o_row % HK).to(tl.int64)[:, None] * stride_xh + o_column[None, :]
+    )
     m_tile = m_block[:, None] & (o_column < DIM)[None, :]
     total = tl.zeros([ROWS, WIDTH], tl.float32)
     for i_token in range(block_size):
@@ -162,7 +164,9 @@ def _mean_compress_backward_kernel(
     # Blocks that hold a token start at most l - 1 tokens before it.
     b_last = b_token // block_stride
     o_column = tl.arange(0, WIDTH)
-    p_x = x + i_batch * stride_xb + (o_row % HK).to(tl.int64)[:, None] * stride_xh + o_column[None, :]
+    p_x = (
+        x + i_batch * stride_xb + (o_row % HK).to(tl.int64)[:, None] * stride_xh + o_column[None, :]
+    )
     total = tl.zeros([ROWS, WIDTH], tl.float32)
     for i_back in range(block_size // block_stride):
         b_block = b_last - i_back

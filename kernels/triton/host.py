@@ -1,4 +1,4 @@
-"""What the host side of every operator needs: device, architecture, tuned tables, head dimensions."""
+"""What every operator needs on the host: device, architecture, tuned values, head dimensions."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_port.kernels.geometry import Layout, NSAConfig
-from nsa_port.kernels.triton.bounds import Kind, QueryBounds, query_bounds
+from nsa_port.kernels.triton.bounds import Kind, QueryBounds, cut_tiles, query_bounds, tile_of
 from nsa_port.kernels.triton.host import (
     LOG2_E,
     arch_of,
@@ -39,7 +39,7 @@ def compressed_attention(
     """Softmax over the compressed blocks that are complete at each query (Eq. 8). `out, lse`."""
     with on_device_of(q):
         bounds = query_bounds(Kind.COMPRESSED, q.shape[1], k.shape[1], config, layout, q.device)
-        return interval_attention(q, k, v, bounds, scale)
+        return _interval_attention(q, k, v, bounds, layout, scale)
 
 
 def window_attention(
@@ -48,11 +48,11 @@ def window_attention(
     """Softmax over the last `window_size` keys of each query. `out, lse`."""
     with on_device_of(q):
         bounds = query_bounds(Kind.WINDOW, q.shape[1], k.shape[1], config, layout, q.device)
-        return interval_attention(q, k, v, bounds, scale)
+        return _interval_attention(q, k, v, bounds, layout, scale)
 
 
-def interval_attention(
-    q: Tensor, k: Tensor, v: Tensor, bounds: QueryBounds, scale: float
+def _interval_attention(
+    q: Tensor, k: Tensor, v: Tensor, bounds: QueryBounds, layout: Layout, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Softmax over each query's interval of key rows. `out [B, T, H, Dv]`, `lse [B, T, H]`."""
     B, T, H, Dk = q.shape
@@ -64,12 +64,14 @@ def interval_attention(
         return out, lse
     config = tuned(arch_of(q), "interval_forward", q.element_size(), max(Dk, Dv))
     # Few queries, as in decoding: fill the tile with the heads that share these keys instead.
-    heads = G if T * 2 <= config["BLOCK_M"] else 1
-    tiles = triton.cdiv(T * heads, config["BLOCK_M"])
-    _interval_forward_kernel[(tiles * B * (H // heads),)](
+    heads = G if config["BLOCK_M"] >= T * 2 and config["BLOCK_M"] >= G else 1
+    tiles = cut_tiles(T, config["BLOCK_M"] // heads, layout.cu_seqlens)
+    _interval_forward_kernel[(tiles.count * B * (H // heads),)](
         q,
         k,
         v,
+        tiles.first,
+        tiles.stop,
         bounds.lower,
         bounds.upper,
         out,
@@ -78,6 +80,7 @@ def interval_attention(
         T,
         H,
         G,
+        tiles.count,
         bounds.stride,
         *strides(q),
         *strides(k),
@@ -90,11 +93,13 @@ def interval_attention(
     return out, lse
 
 
-@triton.jit(do_not_specialize=["T", "stride_bounds"])
+@triton.jit(do_not_specialize=["T", "tiles", "stride_bounds"])
 def _interval_forward_kernel(
     q,
     k,
     v,
+    tile_first,
+    tile_stop,
     lower,
     upper,
     out,
@@ -103,6 +108,7 @@ def _interval_forward_kernel(
     T,
     H,
     G,
+    tiles,
     stride_bounds,
     stride_qb,
     stride_qt,
@@ -124,21 +130,20 @@ def _interval_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program: `BLOCK_M` rows, each a query and one of `HEADS` heads that share their keys.
+    """One program: one tile of queries; a row is a query and one of `HEADS` heads of a group.
 
     Late tiles start first: where attention is causal they have the most to do.
     """
-    tiles = tl.cdiv(T * HEADS, BLOCK_M)
     columns = tl.num_programs(0) // tiles
     head_groups = H // HEADS
     i_tile = tiles - 1 - tl.program_id(0) // columns
     i_batch = (tl.program_id(0) % columns // head_groups).to(tl.int64)
     i_head = tl.program_id(0) % columns % head_groups * HEADS
     i_kv = (i_head // G).to(tl.int64)
-    o_row = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_query = o_row // HEADS
-    m_row = o_query < T
-    o_head = i_head + o_row % HEADS
+    first, stop = tile_of(tile_first, tile_stop, i_tile, BLOCK_M // HEADS, T)
+    o_query = first + tl.arange(0, BLOCK_M) // HEADS
+    m_row = o_query < stop
+    o_head = i_head + tl.arange(0, BLOCK_M) % HEADS
 
     p_q = q + i_batch * stride_qb
     o_q = o_query.to(tl.int64) * stride_qt + o_head.to(tl.int64) * stride_qh

@@ -13,7 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_port.kernels.geometry import Layout, NSAConfig
-from nsa_port.kernels.triton.bounds import Kind, QueryBounds, query_bounds, query_ranges
+from nsa_port.kernels.triton.bounds import (
+    Kind,
+    QueryBounds,
+    cut_tiles,
+    query_bounds,
+    query_ranges,
+    tile_of,
+)
 from nsa_port.kernels.triton.host import (
     LOG2_E,
     arch_of,
@@ -46,7 +53,9 @@ def compressed_attention_backward(
     """Gradients of `compressed_attention`. `dq, dk, dv`."""
     with on_device_of(q):
         bounds = query_bounds(Kind.COMPRESSED, q.shape[1], k.shape[1], config, layout, q.device)
-        return interval_attention_backward(grad_out, grad_lse, q, k, v, out, lse, bounds, scale)
+        cu_rows = layout.compressed_cu_seqlens(config) if layout.packed else None
+        cu = (layout.cu_seqlens, cu_rows)
+        return _interval_backward(grad_out, grad_lse, q, k, v, out, lse, bounds, cu, scale)
 
 
 def window_attention_backward(
@@ -64,10 +73,11 @@ def window_attention_backward(
     """Gradients of `window_attention`. `dq, dk, dv`."""
     with on_device_of(q):
         bounds = query_bounds(Kind.WINDOW, q.shape[1], k.shape[1], config, layout, q.device)
-        return interval_attention_backward(grad_out, grad_lse, q, k, v, out, lse, bounds, scale)
+        cu = (layout.cu_seqlens, layout.cu_seqlens_k)
+        return _interval_backward(grad_out, grad_lse, q, k, v, out, lse, bounds, cu, scale)
 
 
-def interval_attention_backward(
+def _interval_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     q: Tensor,
@@ -76,9 +86,10 @@ def interval_attention_backward(
     out: Tensor,
     lse: Tensor,
     bounds: QueryBounds,
+    cu_seqlens: tuple[Tensor | None, Tensor | None],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `interval_attention`: `dq, dk, dv`, contiguous, in their inputs' dtypes."""
+    """`dq, dk, dv`, contiguous, in their inputs' dtypes; `cu_seqlens` of queries and of rows."""
     B, T, H, Dk = q.shape
     S, HK, Dv = v.shape[1:]
     G = H // HK
@@ -92,8 +103,11 @@ def interval_attention_backward(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if dq.numel():
         tuned_dq = tuned(arch, "interval_dq", q.element_size(), largest)
-        _interval_dq_kernel[(triton.cdiv(T, tuned_dq["BLOCK_M"]) * B * H,)](
+        tiles = cut_tiles(T, tuned_dq["BLOCK_M"], cu_seqlens[0])
+        _interval_dq_kernel[(tiles.count * B * H,)](
             *rows,
+            tiles.first,
+            tiles.stop,
             bounds.lower,
             bounds.upper,
             dq,
@@ -102,6 +116,7 @@ def interval_attention_backward(
             T,
             H,
             G,
+            tiles.count,
             bounds.stride,
             *all_strides,
             **heads,
@@ -109,15 +124,20 @@ def interval_attention_backward(
         )
 
     tuned_dkdv = tuned(arch, "interval_dkdv", q.element_size(), largest)
-    blocks = triton.cdiv(S, tuned_dkdv["BLOCK_N"])
-    splits = _splits(blocks * B * HK, G)
+    keys = cut_tiles(S, tuned_dkdv["BLOCK_N"], cu_seqlens[1])
+    splits = _splits(triton.cdiv(S, tuned_dkdv["BLOCK_N"]) * B * HK, G)
     dtype = torch.float32 if splits > 1 else k.dtype
-    dk = torch.empty((splits, B, S, HK, Dk), dtype=dtype, device=k.device)
-    dv = torch.empty((splits, B, S, HK, Dv), dtype=dtype, device=v.device)
-    if blocks * B:
-        ranges = query_ranges(bounds, S, tuned_dkdv["BLOCK_M"], tuned_dkdv["BLOCK_N"])
-        _interval_dkdv_kernel[(blocks * B * HK * splits,)](
+    # Rows that belong to no packed sequence are in no tile.
+    allocate = torch.empty if cu_seqlens[1] is None else torch.zeros
+    dk = allocate((splits, B, S, HK, Dk), dtype=dtype, device=k.device)
+    dv = allocate((splits, B, S, HK, Dv), dtype=dtype, device=v.device)
+    if keys.count * B:
+        block_m, block_n = tuned_dkdv["BLOCK_M"], tuned_dkdv["BLOCK_N"]
+        ranges = query_ranges(bounds, S, keys, cu_seqlens[0], block_m, block_n)
+        _interval_dkdv_kernel[(keys.count * B * HK * splits,)](
             *rows,
+            keys.first,
+            keys.stop,
             bounds.lower,
             bounds.upper,
             ranges,
@@ -132,7 +152,7 @@ def interval_attention_backward(
             G,
             splits,
             bounds.stride,
-            0 if bounds.stride == 0 else blocks * 4,
+            0 if bounds.stride == 0 else keys.count * 4,
             *all_strides,
             **heads,
             **tuned_dkdv,
@@ -150,7 +170,7 @@ def _splits(programs: int, G: int) -> int:
     return G
 
 
-@triton.jit(do_not_specialize=["T", "stride_bounds"])
+@triton.jit(do_not_specialize=["T", "tiles", "stride_bounds"])
 def _interval_dq_kernel(
     grad_out,
     q,
@@ -158,6 +178,8 @@ def _interval_dq_kernel(
     v,
     lse_log2,
     delta,
+    tile_first,
+    tile_stop,
     lower,
     upper,
     dq,
@@ -166,6 +188,7 @@ def _interval_dq_kernel(
     T,
     H,
     G,
+    tiles,
     stride_bounds,
     stride_gb,
     stride_gt,
@@ -189,14 +212,14 @@ def _interval_dq_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """One program: `dq` of `BLOCK_M` queries of one head."""
-    tiles = tl.cdiv(T, BLOCK_M)
     columns = tl.num_programs(0) // tiles
     i_tile = tiles - 1 - tl.program_id(0) // columns
     i_batch = (tl.program_id(0) % columns // H).to(tl.int64)
     i_head = (tl.program_id(0) % columns % H).to(tl.int64)
     i_kv = i_head // G
-    o_query = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_row = o_query < T
+    first, stop = tile_of(tile_first, tile_stop, i_tile, BLOCK_M, T)
+    o_query = first + tl.arange(0, BLOCK_M)
+    m_row = o_query < stop
 
     p_q = q + i_batch * stride_qb + i_head * stride_qh
     p_grad = grad_out + i_batch * stride_gb + i_head * stride_gh
@@ -281,6 +304,8 @@ def _interval_dkdv_kernel(
     v,
     lse_log2,
     delta,
+    tile_first,
+    tile_stop,
     lower,
     upper,
     ranges,
@@ -317,14 +342,15 @@ def _interval_dkdv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program: `dk, dv` of `BLOCK_N` key rows from one part of the group's heads."""
+    """One program: `dk, dv` of one tile of key rows from one part of the group's heads."""
     columns = B * HK * splits
-    i_block = tl.program_id(0) // columns
+    i_tile = tl.program_id(0) // columns
     i_split = tl.program_id(0) % columns % splits
     i_kv = (tl.program_id(0) % columns // splits % HK).to(tl.int64)
     i_batch = (tl.program_id(0) % columns // splits // HK).to(tl.int64)
-    o_key = i_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_key = o_key < S
+    first, last = tile_of(tile_first, tile_stop, i_tile, BLOCK_N, S)
+    o_key = first + tl.arange(0, BLOCK_N)
+    m_key = o_key < last
 
     p_k = k + i_batch * stride_kb + i_kv * stride_kh
     p_v = v + i_batch * stride_vb + i_kv * stride_vh
@@ -342,7 +368,7 @@ def _interval_dkdv_kernel(
     b_dv = tl.zeros([BLOCK_N, V_MAIN], tl.float32)
     b_dk_rest = tl.zeros([BLOCK_N, K_REST if K_REST else 1], tl.float32)
     b_dv_rest = tl.zeros([BLOCK_N, V_REST if V_REST else 1], tl.float32)
-    p_range = ranges + i_batch * stride_ranges + i_block * 4
+    p_range = ranges + i_batch * stride_ranges + i_tile * 4
     start, full_start = tl.load(p_range), tl.load(p_range + 1)
     full_stop, stop = tl.load(p_range + 2), tl.load(p_range + 3)
     p_lower = lower + i_batch * stride_bounds
@@ -360,7 +386,7 @@ def _interval_dkdv_kernel(
             b_dk, b_dk_rest, b_dv, b_dv_rest = _add_dkdv(
                 b_dk, b_dk_rest, b_dv, b_dv_rest, b_k, b_k_rest, b_v, b_v_rest,
                 p_q, p_grad, p_lse, p_delta, p_lower, p_upper, stride_qt, stride_gt,
-                o_key, span_start, span_stop, T, scale_log2,
+                o_key, span_start, span_stop, scale_log2,
                 phase != 1, DIM_K, K_MAIN, K_REST, DIM_V, V_MAIN, V_REST, BLOCK_M,
             )  # fmt: skip
 
@@ -377,16 +403,22 @@ def _interval_dkdv_kernel(
 def _add_dkdv(
     b_dk, b_dk_rest, b_dv, b_dv_rest, b_k, b_k_rest, b_v, b_v_rest,
     p_q, p_grad, p_lse, p_delta, p_lower, p_upper, stride_qt, stride_gt,
-    o_key, start, stop, T, scale_log2,
+    o_key, start, stop, scale_log2,
     MASKED: tl.constexpr,
     DIM_K: tl.constexpr, K_MAIN: tl.constexpr, K_REST: tl.constexpr,
     DIM_V: tl.constexpr, V_MAIN: tl.constexpr, V_REST: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Add what one head's query tiles `start .. stop - 1` contribute to `dk, dv`."""
-    for i_tile in range(start, stop):
-        o_query = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        m_row = o_query < T
+    """Add what one head's queries `start .. stop - 1` contribute to `dk, dv`."""
+    for i_query in range(start, stop, BLOCK_M):
+        o_query = i_query + tl.arange(0, BLOCK_M)
+        m_row = o_query < stop
+        if MASKED:
+            b_lower = tl.load(p_lower + o_query, mask=m_row, other=0)
+            b_upper = tl.load(p_upper + o_query, mask=m_row, other=0)
+            m_seen = (o_key[:, None] >= b_lower[None, :]) & (o_key[:, None] < b_upper[None, :])
+            # Rows that see nothing may hold anything, NaN too.
+            m_row &= b_lower < b_upper
         o_q = o_query.to(tl.int64) * stride_qt
         o_grad = o_query.to(tl.int64) * stride_gt
         b_q = load_rows(p_q, o_q, m_row, 0, K_MAIN, DIM_K, True)
@@ -398,9 +430,6 @@ def _add_dkdv(
         b_s = dot_split(b_k, b_k_rest, b_q, b_q_rest, K_REST)
         b_p = tl.exp2(b_s * scale_log2 - b_lse[None, :])
         if MASKED:
-            b_lower = tl.load(p_lower + o_query, mask=m_row, other=0)
-            b_upper = tl.load(p_upper + o_query, mask=m_row, other=0)
-            m_seen = (o_key[:, None] >= b_lower[None, :]) & (o_key[:, None] < b_upper[None, :])
             b_p = tl.where(m_seen, b_p, 0.0)
         b_grad = load_rows(p_grad, o_grad, m_row, 0, V_MAIN, DIM_V, True)
         b_grad_rest = b_grad

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_port.kernels.triton.bounds import QueryBounds
+from nsa_port.kernels.triton.tiles import split_row
 
 _PARTS = 512
 """At most so many parts: with them the counts take memory linear in the length."""
@@ -23,13 +24,12 @@ _PARTS = 512
 _PART_QUERIES = 64
 """A part is no smaller, so that short inputs are not all overhead."""
 
+_ROWS = 16
 _SCAN_PARTS = 64
 _SCAN_BINS = 32
 
 
-def block_rows(
-    indices: Tensor, bounds: QueryBounds, select_block_size: int
-) -> Tensor:
+def block_rows(indices: Tensor, bounds: QueryBounds, select_block_size: int) -> Tensor:
     """The first key row of each chosen block, -1 for what is nothing to attend to.
 
     int32 `[B, T, HK, n]`. A block that is named twice, starts after the query or lies outside the
@@ -40,11 +40,12 @@ def block_rows(
     rows = torch.empty((B, T, HK, n), dtype=torch.int32, device=indices.device)
     if rows.numel():
         stride_b, stride_t, stride_h = indices.stride()[:-1]
-        _block_rows_kernel[(B * T * HK,)](
+        _block_rows_kernel[(triton.cdiv(B * T * HK, _ROWS),)](
             indices,
             rows,
             bounds.lower,
             bounds.upper,
+            B * T * HK,
             T,
             HK,
             n,
@@ -54,17 +55,19 @@ def block_rows(
             stride_h,
             select_block_size,
             SLOTS=triton.next_power_of_2(n),
-            num_warps=1,
+            ROWS=_ROWS,
+            num_warps=4,
         )
     return rows
 
 
-@triton.jit(do_not_specialize=["T", "stride_bounds", "stride_b", "stride_t", "stride_h"])
+@triton.jit(do_not_specialize=["count", "T", "stride_bounds", "stride_b", "stride_t", "stride_h"])
 def _block_rows_kernel(
     indices,
     rows,
     lower,
     upper,
+    count,
     T,
     HK,
     n,
@@ -74,23 +77,26 @@ def _block_rows_kernel(
     stride_h,
     select_block_size,
     SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """One program: the blocks of one query and KV head."""
-    i_kv = (tl.program_id(0) % HK).to(tl.int64)
-    i_query = (tl.program_id(0) // HK % T).to(tl.int64)
-    i_batch = (tl.program_id(0) // HK // T).to(tl.int64)
+    """One program: the blocks of `ROWS` rows, each a query and KV head."""
+    o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    m_row = o_row < count
+    o_batch, o_query, o_kv = split_row(o_row, T, HK)
     o_slot = tl.arange(0, SLOTS)
-    p_index = indices + i_batch * stride_b + i_query * stride_t + i_kv * stride_h
-    b_block = tl.load(p_index + o_slot, mask=o_slot < n, other=-1)
-    first = tl.load(lower + i_batch * stride_bounds + i_query)
-    stop = tl.load(upper + i_batch * stride_bounds + i_query)
+    m_slot = m_row[:, None] & (o_slot < n)[None, :]
+    p_index = indices + o_batch * stride_b + o_query * stride_t + o_kv * stride_h
+    b_block = tl.load(p_index[:, None] + o_slot[None, :], mask=m_slot, other=-1)
+    b_first = tl.load(lower + o_batch * stride_bounds + o_query, mask=m_row, other=0)
+    b_stop = tl.load(upper + o_batch * stride_bounds + o_query, mask=m_row, other=0)
     # Not by comparing rows, which may overflow for an index that is far out of range.
-    last_block = (stop - first - 1) // select_block_size
-    m_block = (b_block >= 0) & (b_block <= last_block) & (stop > first)
-    same = (b_block[:, None] == b_block[None, :]) & (o_slot[None, :] < o_slot[:, None])
-    m_block &= tl.max(same.to(tl.int32), 1) == 0
-    b_row = tl.where(m_block, first + b_block * select_block_size, -1)
-    tl.store(rows + tl.program_id(0).to(tl.int64) * n + o_slot, b_row, mask=o_slot < n)
+    b_blocks = tl.cdiv(b_stop - b_first, select_block_size)
+    m_block = (b_block >= 0) & (b_block < b_blocks[:, None])
+    m_before = o_slot[None, :] < o_slot[:, None]
+    m_same = (b_block[:, :, None] == b_block[:, None, :]) & m_before[None, :, :]
+    m_block &= tl.max(m_same.to(tl.int32), 2) == 0
+    b_row = tl.where(m_block, b_first[:, None] + b_block * select_block_size, -1)
+    tl.store(rows + o_row.to(tl.int64)[:, None] * n + o_slot[None, :], b_row, mask=m_slot)
 
 
 class BlockLists(NamedTuple):
@@ -150,9 +156,7 @@ def block_lists(
         bounds.stride, select_block_size,
     )  # fmt: skip
     grid = (parts * B * HK,)
-    _count_kernel[grid](
-        *common, SLOTS=slots, QUERIES=max(1, 256 // slots), num_warps=4
-    )
+    _count_kernel[grid](*common, SLOTS=slots, QUERIES=max(1, 256 // slots), num_warps=4)
     _scan_kernel[(triton.cdiv(bins, _SCAN_BINS),)](
         offsets, counts, parts, bins, PARTS=_SCAN_PARTS, BINS=_SCAN_BINS, num_warps=4
     )
@@ -285,9 +289,7 @@ def _fill_kernel(
 
 
 @triton.jit
-def load_work(
-    i_work, starts, counts, segment_ends, work_bins, bins, SEGMENT: tl.constexpr
-):
+def load_work(i_work, starts, counts, segment_ends, work_bins, bins, SEGMENT: tl.constexpr):
     """A work item's bin and its part of `entries`: `(bin, start, count)`; count 0 for surplus."""
     i_bin = tl.load(work_bins + i_work)
     m_bin = i_bin < bins
@@ -297,3 +299,21 @@ def load_work(
     start = tl.load(starts + i_bin, mask=m_bin, other=0) + i_segment * SEGMENT
     count = tl.minimum(total - i_segment * SEGMENT, SEGMENT)
     return i_bin, start, tl.where(m_bin, count, 0)
+
+
+@triton.jit
+def block_keys(
+    entry, i_batch, i_kv, i_part, rows, sequence, cu_keys, first_query, T, S, HK, stride_bounds,
+    SLOTS: tl.constexpr, SELECT: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The key rows of one part of a block, found through any entry of its list, and which exist."""
+    i_query = first_query + entry // SLOTS
+    i_row = tl.load(rows + ((i_batch * T + i_query) * HK + i_kv) * SLOTS + entry % SLOTS)
+    if cu_keys is None:
+        stop = S
+    else:
+        i_sequence = tl.load(sequence + i_batch * stride_bounds + i_query)
+        stop = tl.minimum(tl.load(cu_keys + i_sequence + 1), S)
+    o_inside = i_part * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_key = i_row + o_inside
+    return o_key, (o_inside < SELECT) & (o_key < stop)

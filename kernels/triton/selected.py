@@ -27,7 +27,7 @@ from nsa_port.kernels.triton.host import (
     strides,
     tuned,
 )
-from nsa_port.kernels.triton.lists import block_lists, block_rows, load_work
+from nsa_port.kernels.triton.lists import block_keys, block_lists, block_rows, load_work
 from nsa_port.kernels.triton.tiles import LOG_2, dot, dot_split, load_rows, store_rows
 
 PARTIAL_BYTES = 2**31
@@ -55,7 +55,7 @@ def selected_attention(
         rows = block_rows(indices, bounds, config.select_block_size)
         arch, largest = arch_of(q), max(Dk, Dv)
         tuned_block = tuned(arch, "selected_by_block", q.element_size(), largest)
-        if H // HK <= tuned_block["largest_group"] and T >= tuned_block["fewest_queries"]:
+        if tuned_block["largest_group"] >= H // HK and tuned_block["fewest_queries"] <= T:
             _by_block(q, k, v, rows, bounds, config, layout, scale, tuned_block, out, lse)
         else:
             _by_query(q, k, v, rows, bounds, config, scale, out, lse)
@@ -125,7 +125,8 @@ def _by_block(
     partial_shape = (chunk, B, HK, n * parts, G)
     partial_out = torch.empty((*partial_shape, Dv), dtype=q.dtype, device=q.device)
     partial_lse = torch.empty(partial_shape, dtype=torch.float32, device=q.device)
-    sequences = 1 if layout.cu_seqlens is None else layout.cu_seqlens.shape[0] - 1
+    cu_keys = None if layout.cu_seqlens_k is None else layout.cu_seqlens_k.contiguous()
+    sequences = 1 if cu_keys is None else cu_keys.shape[0] - 1
     heads = split_arguments(split_head(Dk), split_head(Dv))
     for first in range(0, T, chunk):
         count = min(chunk, T - first)
@@ -139,6 +140,8 @@ def _by_block(
             v,
             rows,
             bounds.upper,
+            bounds.sequence,
+            cu_keys,
             lists.entries,
             lists.starts,
             lists.counts,
@@ -312,6 +315,8 @@ def _by_block_kernel(
     v,
     rows,
     upper,
+    sequence,
+    cu_keys,
     entries,
     starts,
     counts,
@@ -365,11 +370,10 @@ def _by_block_kernel(
     i_kv = (i_bin // blocks % HK).to(tl.int64)
     i_batch = (i_bin // blocks // HK).to(tl.int64)
     p_entries = entries + start
-    entry = tl.load(p_entries)
-    o_first = ((i_batch * T + first_query + entry // SLOTS) * HK + i_kv) * SLOTS + entry % SLOTS
-    o_inside = i_part * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_key = tl.load(rows + o_first) + o_inside
-    m_key = (o_inside < SELECT) & (o_key < S)
+    o_key, m_key = block_keys(
+        tl.load(p_entries), i_batch, i_kv, i_part, rows, sequence, cu_keys, first_query, T, S, HK,
+        stride_bounds, SLOTS, SELECT, BLOCK_N,
+    )  # fmt: skip
     p_k = k + i_batch * stride_kb + i_kv * stride_kh
     p_v = v + i_batch * stride_vb + i_kv * stride_vh
     o_k = o_key.to(tl.int64) * stride_ks
@@ -388,8 +392,8 @@ def _by_block_kernel(
     for i_row in range(0, count * G, BLOCK_M):
         o_row = i_row + tl.arange(0, BLOCK_M)
         m_row = o_row < count * G
-        entry = tl.load(p_entries + o_row // G, mask=m_row, other=0)
-        o_query = entry // SLOTS
+        b_entry = tl.load(p_entries + o_row // G, mask=m_row, other=0)
+        o_query = b_entry // SLOTS
         o_member = o_row % G
         o_q = (first_query + o_query).to(tl.int64) * stride_qt + o_member.to(tl.int64) * stride_qh
         b_q = load_rows(p_q, o_q, m_row, 0, K_MAIN, DIM_K, True)
@@ -409,7 +413,7 @@ def _by_block_kernel(
         b_sum = tl.where(m_empty, 1.0, tl.sum(b_p, 1))
         b_p = (b_p / b_sum[:, None]).to(b_v.dtype)
         o_out = ((o_query.to(tl.int64) * B + i_batch) * HK + i_kv) * (SLOTS * PARTS)
-        o_out = (o_out + entry % SLOTS * PARTS + i_part) * G + o_member
+        o_out = (o_out + b_entry % SLOTS * PARTS + i_part) * G + o_member
         tl.store(partial_lse + o_out, b_max + tl.log2(b_sum), mask=m_row)
         b_out = tl.dot(b_p, b_v, input_precision="ieee")
         store_rows(partial_out, b_out, o_out * DIM_V, m_row, 0, V_MAIN, DIM_V)

@@ -1,10 +1,10 @@
 """Gradients of attention over chosen blocks, in one pass by block.
 
-One program keeps a block's keys and walks a segment of the queries that chose it: `dk` and `dv` stay
-in registers, and `dq` leaves as one partial per (query, slot), which a second kernel adds up in the
-order of the slots. A block whose list is one segment adds straight to the float32 totals, which no
-other program touches; longer lists leave one partial per segment, added in order by a third kernel.
-No atomics: twice the same input gives twice the same bits.
+One program keeps a block's keys and walks a segment of the queries that chose it: `dk` and `dv`
+stay in registers, and `dq` leaves as one partial per (query, slot), which a second kernel adds up
+in the order of the slots. A block whose list is one segment adds straight to the float32 totals,
+which no other program touches; longer lists leave one partial per segment, added in order by a
+third kernel. No atomics: twice the same input gives twice the same bits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nsa_port.kernels.triton.host import (
     strides,
     tuned,
 )
-from nsa_port.kernels.triton.lists import block_lists, block_rows, load_work
+from nsa_port.kernels.triton.lists import block_keys, block_lists, block_rows, load_work
 from nsa_port.kernels.triton.preparation import backward_rows
 from nsa_port.kernels.triton.selected import query_chunk
 from nsa_port.kernels.triton.tiles import dot, dot_split, load_rows, store_rows
@@ -64,14 +64,12 @@ def selected_attention_backward(
         block_n = min(values["BLOCK_N"], max(16, triton.next_power_of_2(config.select_block_size)))
         parts = triton.cdiv(config.select_block_size, block_n)
         chunk = query_chunk(T, B * H * n * parts * Dk * q.element_size())
-        partial_dq = torch.empty(
-            (chunk, B, HK, n * parts, G, Dk), dtype=q.dtype, device=q.device
-        )
+        partial_dq = torch.empty((chunk, B, HK, n * parts, G, Dk), dtype=q.dtype, device=q.device)
         # Lists of more than one segment have less than two segments per `segment` entries.
         segments = 2 * (B * chunk * HK * n // segment)
         partial_shape = (segments * parts * block_n, Dk + Dv)
         partial_dkdv = torch.empty(partial_shape, dtype=torch.float32, device=q.device)
-        cu_keys = layout.cu_seqlens_k.contiguous() if layout.cu_seqlens_k is not None else None
+        cu_keys = None if layout.cu_seqlens_k is None else layout.cu_seqlens_k.contiguous()
         sequences = 1 if cu_keys is None else cu_keys.shape[0] - 1
         sizes = {
             "SLOTS": n,
@@ -241,15 +239,13 @@ def _by_block_backward_kernel(
     """One program: one segment of a block's list against `BLOCK_N` of the block's keys."""
     i_part = tl.program_id(0) % PARTS
     i_work = tl.program_id(0) // PARTS
-    i_bin, start, count = load_work(
-        i_work, starts, counts, segment_ends, work_bins, bins, SEGMENT
-    )
+    i_bin, start, count = load_work(i_work, starts, counts, segment_ends, work_bins, bins, SEGMENT)
     if count == 0:
         return
     i_kv = (i_bin // blocks % HK).to(tl.int64)
     i_batch = (i_bin // blocks // HK).to(tl.int64)
     p_entries = entries + start
-    o_key, m_key = _block_keys(
+    o_key, m_key = block_keys(
         tl.load(p_entries), i_batch, i_kv, i_part, rows, sequence, cu_keys, first_query, T, S, HK,
         stride_bounds, SLOTS, SELECT, BLOCK_N,
     )  # fmt: skip
@@ -276,8 +272,8 @@ def _by_block_backward_kernel(
     for i_row in range(0, count * G, BLOCK_M):
         o_row = i_row + tl.arange(0, BLOCK_M)
         m_row = o_row < count * G
-        entry = tl.load(p_entries + o_row // G, mask=m_row, other=0)
-        o_local = entry // SLOTS
+        b_entry = tl.load(p_entries + o_row // G, mask=m_row, other=0)
+        o_local = b_entry // SLOTS
         o_query = (first_query + o_local).to(tl.int64)
         o_member = (o_row % G).to(tl.int64)
         o_q = o_query * stride_qt + o_member * stride_qh
@@ -306,7 +302,7 @@ def _by_block_backward_kernel(
         if K_REST:
             b_dk_rest = dot(b_ds, b_q_rest, b_dk_rest)
         o_out = ((o_local.to(tl.int64) * B + i_batch) * HK + i_kv) * (SLOTS * PARTS)
-        o_out = ((o_out + entry % SLOTS * PARTS + i_part) * G + o_member) * DIM_K
+        o_out = ((o_out + b_entry % SLOTS * PARTS + i_part) * G + o_member) * DIM_K
         b_dq = tl.dot(tl.trans(b_ds), b_k, input_precision="ieee")
         store_rows(partial_dq, b_dq * scale, o_out, m_row, 0, K_MAIN, DIM_K)
         if K_REST:
@@ -338,25 +334,9 @@ def _by_block_backward_kernel(
 
 
 @triton.jit
-def _block_keys(
-    entry, i_batch, i_kv, i_part, rows, sequence, cu_keys, first_query, T, S, HK, stride_bounds,
-    SLOTS: tl.constexpr, SELECT: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """The key rows of one part of a block, found through any entry of its list, and which exist."""
-    i_query = first_query + entry // SLOTS
-    i_row = tl.load(rows + ((i_batch * T + i_query) * HK + i_kv) * SLOTS + entry % SLOTS)
-    if cu_keys is None:
-        stop = S
-    else:
-        i_sequence = tl.load(sequence + i_batch * stride_bounds + i_query)
-        stop = tl.minimum(tl.load(cu_keys + i_sequence + 1), S)
-    o_inside = i_part * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_key = i_row + o_inside
-    return o_key, (o_inside < SELECT) & (o_key < stop)
-
-
-@triton.jit
-def _add_rows(p_base, b_tile, o_row, m_row, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
+def _add_rows(
+    p_base, b_tile, o_row, m_row, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr
+):
     """Add a tile to rows in memory that no other program touches meanwhile."""
     b_tile += load_rows(p_base, o_row, m_row, START, WIDTH, DIM, True)
     store_rows(p_base, b_tile, o_row, m_row, START, WIDTH, DIM)
@@ -399,7 +379,7 @@ def _add_segments_kernel(
     i_kv = (i_bin // blocks % HK).to(tl.int64)
     i_batch = (i_bin // blocks // HK).to(tl.int64)
     entry = tl.load(entries + tl.load(starts + i_bin))
-    o_key, m_key = _block_keys(
+    o_key, m_key = block_keys(
         entry, i_batch, i_kv, i_part, rows, sequence, cu_keys, first_query, T, S, HK,
         stride_bounds, SLOTS, SELECT, BLOCK_N,
     )  # fmt: skip

@@ -7,15 +7,13 @@ compressed keys then start at one row, and block grids line up with key tiles.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from nsa_port.kernels.geometry import Layout, NSAConfig
-from nsa_port.kernels.triton.bounds import Kind, QueryBounds, query_bounds
+from nsa_port.kernels.triton.bounds import Kind, cut_tiles, query_bounds, tile_of
 from nsa_port.kernels.triton.host import (
     LOG2_E,
     arch_of,
@@ -56,7 +54,7 @@ def _select_blocks(
     causal = query_bounds(Kind.CAUSAL, T, layout.num_keys, config, layout, q.device)
     tuned_scores = tuned(arch_of(q), "block_scores", q.element_size(), Dk)
     block_m, block_n = tuned_scores["BLOCK_M"], tuned_scores["BLOCK_N"]
-    tiles = _query_tiles(T, block_m, layout, q.device)
+    tiles = cut_tiles(T, block_m, layout.cu_seqlens)
 
     per_select = config.select_block_size // config.block_stride
     per_compressed = config.block_size // config.block_stride
@@ -68,6 +66,7 @@ def _select_blocks(
     scores = torch.empty((chunk * block_m, B, HK, columns), dtype=torch.float32, device=q.device)
     key_tiles = triton.cdiv(min(C, max(1, config.num_compressed(layout.num_keys))), block_n)
     top_block = next((size for size in _TOP_BLOCKS if blocks <= size), _TOP_BLOCKS[-1])
+    top_rows = max(1, 1024 // top_block)
     for first_tile in range(0, tiles.count, chunk):
         count = min(chunk, tiles.count - first_tile)
         if C:
@@ -102,7 +101,7 @@ def _select_blocks(
                 **tuned_scores,
             )
         first_weight, weights = config.score_weights()
-        _top_blocks_kernel[(count * block_m * B * HK,)](
+        _top_blocks_kernel[(triton.cdiv(count * block_m * B * HK, top_rows),)](
             scores,
             indices,
             tiles.first,
@@ -111,6 +110,7 @@ def _select_blocks(
             visible.upper,
             causal.lower,
             causal.upper,
+            count * block_m * B * HK,
             first_tile,
             T,
             B,
@@ -128,40 +128,13 @@ def _select_blocks(
             per_select,
             BLOCK_M=block_m,
             BLOCK_J=top_block,
+            ROWS=top_rows,
             SLOTS=triton.next_power_of_2(n),
             FOLDED=folded,
             HELD=blocks <= top_block,
-            num_warps=max(1, min(8, top_block // 256)),
+            num_warps=max(4, top_block // 512),
         )
     return indices
-
-
-class _QueryTiles(NamedTuple):
-    """Tiles of queries of one sequence: int32 `[count]`, the first query and the one past the last.
-
-    `count` is an upper bound known on the host; tiles beyond the real ones are empty.
-    """
-
-    first: Tensor
-    stop: Tensor
-    count: int
-
-
-def _query_tiles(T: int, size: int, layout: Layout, device: torch.device) -> _QueryTiles:
-    if layout.cu_seqlens is None:
-        count = triton.cdiv(T, size)
-        first = torch.arange(count, dtype=torch.int32, device=device) * size
-        return _QueryTiles(first, (first + size).clamp(max=T), count)
-    starts, stops = layout.cu_seqlens[:-1], layout.cu_seqlens[1:]
-    sequences = starts.shape[0]
-    count = T // size + sequences
-    number = (stops - starts + size - 1).div(size, rounding_mode="floor")
-    ends = number.cumsum(0, dtype=torch.int32)
-    tile = torch.arange(count, dtype=torch.int32, device=device)
-    sequence = torch.searchsorted(ends, tile, right=True).clamp(max=sequences - 1)
-    first = starts[sequence] + (tile - (ends - number)[sequence]) * size
-    stop = torch.minimum(first + size, stops[sequence]).clamp(max=T)
-    return _QueryTiles(first.clamp(min=0).contiguous(), stop.contiguous(), count)
 
 
 def _is_power(number: int) -> bool:
@@ -210,7 +183,7 @@ def _block_scores_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program: `BLOCK_M` queries against `BLOCK_N` compressed keys, summed over a group's heads.
+    """One program: `BLOCK_M` queries against `BLOCK_N` compressed keys, summed over the group.
 
     Unfolded, the summed probabilities themselves are stored. Folded, Eq. 9's overlap map is applied
     as far as one block's own compressed keys go: of each block `[own, carried]`, where the score of
@@ -220,8 +193,7 @@ def _block_scores_kernel(
     i_key_tile = tl.program_id(0) // (B * HK) % key_tiles
     i_batch = (tl.program_id(0) // HK % B).to(tl.int64)
     i_kv = (tl.program_id(0) % HK).to(tl.int64)
-    first = tl.load(tile_first + first_tile + i_tile)
-    stop = tl.load(tile_stop + first_tile + i_tile)
+    first, stop = tile_of(tile_first, tile_stop, first_tile + i_tile, BLOCK_M, T)
     if first >= stop:
         return
     o_query = first + tl.arange(0, BLOCK_M)
@@ -258,7 +230,7 @@ def _block_scores_kernel(
     if FOLDED:
         BLOCKS: tl.constexpr = BLOCK_N // PER_SELECT
         o_inside = tl.arange(0, PER_SELECT)
-        # Key i of a block overlaps it by min(l / d, m / d - i), the next block by the rest of l / d.
+        # Key i overlaps its own block by min(l / d, m / d - i), the next by the rest of l / d.
         own_weight = tl.minimum(PER_SELECT - o_inside, PER_COMPRESSED).to(tl.float32)
         b_blocks = tl.reshape(b_probability, [BLOCK_M, BLOCKS, PER_SELECT])
         b_own = tl.sum(b_blocks * own_weight[None, None, :], 2)
@@ -274,7 +246,7 @@ def _block_scores_kernel(
         tl.store(scores + o_out[:, None] + o_column[None, :], b_probability, mask=m_out)
 
 
-_LENGTHS = ["first_tile", "T", "B", "columns", "stride_visible", "stride_causal"]
+_LENGTHS = ["rows", "first_tile", "T", "B", "columns", "stride_visible", "stride_causal"]
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -287,6 +259,7 @@ def _top_blocks_kernel(
     visible_upper,
     causal_lower,
     causal_upper,
+    rows,
     first_tile,
     T,
     B,
@@ -304,96 +277,122 @@ def _top_blocks_kernel(
     per_select,
     BLOCK_M: tl.constexpr,
     BLOCK_J: tl.constexpr,
+    ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
     FOLDED: tl.constexpr,
     HELD: tl.constexpr,
 ):
-    """One program: the best `n` blocks of one query and KV head, ascending.
+    """One program: the best `n` blocks of `ROWS` rows, each a query and KV head, ascending.
 
     Scores are not negative, so they order as the integers their bits spell. The n-th largest is
     found bit by bit; whatever lies above it is taken, and of its equals the first ones.
     """
-    i_row = (tl.program_id(0) // (B * HK)).to(tl.int64)
-    i_batch = (tl.program_id(0) // HK % B).to(tl.int64)
-    i_kv = tl.program_id(0) % HK
-    i_tile = first_tile + (i_row // BLOCK_M).to(tl.int32)
-    i_query = tl.load(tile_first + i_tile) + (i_row % BLOCK_M).to(tl.int32)
-    if i_query >= tl.load(tile_stop + i_tile):
+    o_row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    m_row = o_row < rows
+    o_batch, i_kv = o_row // HK % B, o_row % HK
+    o_local = o_row // HK // B
+    o_tile = first_tile + o_local // BLOCK_M
+    b_first, b_stop = tile_of(tile_first, tile_stop, o_tile, BLOCK_M, T)
+    o_query = b_first + o_local % BLOCK_M
+    m_row &= o_query < b_stop
+    if tl.max(m_row.to(tl.int32), 0) == 0:
         return
-    o_visible = i_batch * stride_visible + i_query
-    visible = tl.load(visible_upper + o_visible) - tl.load(visible_lower + o_visible)
-    o_causal = i_batch * stride_causal + i_query
-    position = tl.load(causal_upper + o_causal) - tl.load(causal_lower + o_causal) - 1
-    candidates = tl.where(position < 0, 0, position // select_block_size + 1)
-    p_scores = scores + ((i_row * B + i_batch) * HK + i_kv) * columns
-    p_out = indices + ((i_batch * T + i_query) * HK + i_kv) * n
+    p_visible = o_batch * stride_visible + o_query
+    b_visible = tl.load(visible_upper + p_visible, mask=m_row, other=0)
+    b_visible -= tl.load(visible_lower + p_visible, mask=m_row, other=0)
+    p_causal = o_batch * stride_causal + o_query
+    b_seen = tl.load(causal_upper + p_causal, mask=m_row, other=0)
+    b_seen -= tl.load(causal_lower + p_causal, mask=m_row, other=0)
+    # [ROWS, 1]: blocks up to the query's own.
+    b_candidates = tl.cdiv(b_seen, select_block_size)[:, None]
+    b_visible = (b_visible if FOLDED else tl.minimum(b_visible, columns))[:, None]
+    p_scores = scores + (o_row * columns)[:, None]
+    p_out = indices + (((o_batch * T + o_query) * HK + i_kv) * n)[:, None]
 
-    o_slot = tl.arange(0, SLOTS)
-    tl.store(p_out + o_slot, -1, mask=(o_slot < n) & (o_slot >= candidates))
-    o_block = tl.arange(0, BLOCK_J)
-    held = _ranks(
-        p_scores, o_block, candidates, visible, columns, init_blocks, local_blocks,
+    o_slot = tl.arange(0, SLOTS)[None, :]
+    m_padding = m_row[:, None] & (o_slot < n) & (o_slot >= b_candidates)
+    tl.store(p_out + o_slot, tl.full([ROWS, SLOTS], -1, tl.int32), mask=m_padding)
+    o_block = tl.arange(0, BLOCK_J)[None, :]
+    stop = BLOCK_J if HELD else tl.max(b_candidates)
+    b_held = _ranks(
+        p_scores, o_block, b_candidates, b_visible, columns, init_blocks, local_blocks,
         first_weight, num_weights, per_compressed, per_select, FOLDED,
     )  # fmt: skip
-    threshold = 0
-    for i_step in range(31):
-        trial = threshold | (1 << (30 - i_step))
-        count = tl.sum((held >= trial).to(tl.int32), 0)
+    b_threshold = tl.zeros([ROWS], tl.int32)
+    for i_bit in range(31):
+        b_trial = b_threshold | (1 << (30 - i_bit))
+        b_count = _count_from(
+            b_trial, b_held, p_scores, o_block, stop, b_candidates, b_visible, columns,
+            init_blocks, local_blocks, first_weight, num_weights, per_compressed, per_select,
+            FOLDED, BLOCK_J,
+        )  # fmt: skip
+        b_threshold = tl.where(b_count >= n, b_trial, b_threshold)
+    b_above = _count_from(
+        b_threshold + 1, b_held, p_scores, o_block, stop, b_candidates, b_visible, columns,
+        init_blocks, local_blocks, first_weight, num_weights, per_compressed, per_select,
+        FOLDED, BLOCK_J,
+    )  # fmt: skip
+    # [ROWS, 1]: equals still to take, and slots already filled.
+    b_left = n - b_above[:, None]
+    b_filled = tl.zeros([ROWS, 1], tl.int32)
+    for i_block in range(0, stop, BLOCK_J):
+        b_ranks = b_held
         if not HELD:
-            for i_block in range(BLOCK_J, candidates, BLOCK_J):
-                ranks = _ranks(
-                    p_scores, i_block + o_block, candidates, visible, columns, init_blocks,
-                    local_blocks, first_weight, num_weights, per_compressed, per_select, FOLDED,
-                )  # fmt: skip
-                count += tl.sum((ranks >= trial).to(tl.int32), 0)
-        threshold = tl.where(count >= n, trial, threshold)
-    above = tl.sum((held > threshold).to(tl.int32), 0)
-    if not HELD:
-        for i_block in range(BLOCK_J, candidates, BLOCK_J):
-            ranks = _ranks(
-                p_scores, i_block + o_block, candidates, visible, columns, init_blocks,
+            b_ranks = _ranks(
+                p_scores, i_block + o_block, b_candidates, b_visible, columns, init_blocks,
                 local_blocks, first_weight, num_weights, per_compressed, per_select, FOLDED,
             )  # fmt: skip
-            above += tl.sum((ranks > threshold).to(tl.int32), 0)
-    # Equals still to take, and slots already filled.
-    left = n - above
-    filled = 0
-    for i_block in range(0, 1 if HELD else candidates, BLOCK_J):
-        ranks = held
-        if not HELD:
-            ranks = _ranks(
-                p_scores, i_block + o_block, candidates, visible, columns, init_blocks,
-                local_blocks, first_weight, num_weights, per_compressed, per_select, FOLDED,
-            )  # fmt: skip
-        m_equal = ranks == threshold
-        m_taken = (ranks > threshold) | (m_equal & (tl.cumsum(m_equal.to(tl.int32), 0) <= left))
-        o_slot = filled + tl.cumsum(m_taken.to(tl.int32), 0) - 1
-        tl.store(p_out + o_slot, i_block + o_block, mask=m_taken & (o_slot < n))
-        left -= tl.sum(m_equal.to(tl.int32), 0)
-        filled += tl.sum(m_taken.to(tl.int32), 0)
+        m_equal = b_ranks == b_threshold[:, None]
+        b_equal = m_equal.to(tl.int32)
+        m_taken = (b_ranks > b_threshold[:, None]) | (m_equal & (tl.cumsum(b_equal, 1) <= b_left))
+        b_taken = m_taken.to(tl.int32)
+        o_target = b_filled + tl.cumsum(b_taken, 1) - 1
+        b_block = tl.zeros([ROWS, BLOCK_J], tl.int32) + (i_block + o_block)
+        tl.store(p_out + o_target, b_block, mask=m_row[:, None] & m_taken & (o_target < n))
+        b_left -= tl.sum(b_equal, 1)[:, None]
+        b_filled += tl.sum(b_taken, 1)[:, None]
+
+
+@triton.jit
+def _count_from(
+    b_trial, b_held, p_scores, o_block, stop, b_candidates, b_visible, columns,
+    init_blocks, local_blocks, first_weight, num_weights, per_compressed, per_select,
+    FOLDED: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """How many blocks of each row rank at `b_trial` or above; what is not held is read again."""
+    b_count = tl.sum((b_held >= b_trial[:, None]).to(tl.int32), 1)
+    for i_block in range(BLOCK_J, stop, BLOCK_J):
+        b_ranks = _ranks(
+            p_scores, i_block + o_block, b_candidates, b_visible, columns, init_blocks,
+            local_blocks, first_weight, num_weights, per_compressed, per_select, FOLDED,
+        )  # fmt: skip
+        b_count += tl.sum((b_ranks >= b_trial[:, None]).to(tl.int32), 1)
+    return b_count
 
 
 @triton.jit
 def _ranks(
-    p_scores, o_block, candidates, visible, columns, init_blocks, local_blocks,
+    p_scores, o_block, b_candidates, b_visible, columns, init_blocks, local_blocks,
     first_weight, num_weights, per_compressed, per_select, FOLDED: tl.constexpr,
 ):  # fmt: skip
-    """What blocks are ranked by: the bits of the score, infinity's if forced, -1 if no candidate."""
-    m_candidate = o_block < candidates
+    """A block's rank: the bits of its score, infinity's if forced, -1 for no candidate."""
+    m_candidate = o_block < b_candidates
     # Block j's own compressed keys start at j m / d: whatever lies past the visible ones is 0.
     if FOLDED:
-        m_own = m_candidate & (o_block * per_select < visible)
-        m_carried = m_candidate & (o_block > 0) & ((o_block - 1) * per_select < visible)
-        score = tl.load(p_scores + o_block, mask=m_own, other=0.0)
-        score += tl.load(p_scores + columns // 2 + o_block - 1, mask=m_carried, other=0.0)
+        m_own = m_candidate & (o_block * per_select < b_visible)
+        m_carried = m_candidate & (o_block > 0) & ((o_block - 1) * per_select < b_visible)
+        b_score = tl.load(p_scores + o_block, mask=m_own, other=0.0)
+        b_score += tl.load(p_scores + columns // 2 + o_block - 1, mask=m_carried, other=0.0)
     else:
-        score = tl.zeros_like(o_block).to(tl.float32)
+        b_score = tl.zeros_like(m_candidate.to(tl.float32))
         for i_weight in range(num_weights):
             o_key = o_block * per_select + first_weight + i_weight
-            m_key = m_candidate & (o_key >= 0) & (o_key < tl.minimum(visible, columns))
-            weight = tl.minimum(tl.minimum(i_weight + 1, num_weights - i_weight), per_compressed)
-            score += weight.to(tl.float32) * tl.load(p_scores + o_key, mask=m_key, other=0.0)
-    ranks = tl.maximum(score.to(tl.int32, bitcast=True), 0)
-    m_forced = (o_block < init_blocks) | (o_block >= candidates - local_blocks)
-    ranks = tl.where(m_forced, 0x7F800000, ranks)
-    return tl.where(m_candidate, ranks, -1)
+            m_key = m_candidate & (o_key >= 0) & (o_key < b_visible)
+            b_p = tl.load(p_scores + o_key, mask=m_key, other=0.0)
+            b_score += b_p * tl.minimum(
+                tl.minimum(i_weight + 1, num_weights - i_weight), per_compressed
+            )
+    b_ranks = tl.maximum(b_score.to(tl.int32, bitcast=True), 0)
+    m_forced = (o_block < init_blocks) | (o_block >= b_candidates - local_blocks)
+    b_ranks = tl.where(m_forced, 0x7F800000, b_ranks)
+    return tl.where(m_candidate, b_ranks, -1)

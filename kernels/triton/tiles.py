@@ -111,5 +111,6 @@ def key_spans(b_lower, b_upper, m_valid, BLOCK_N: tl.constexpr):
     start = tl.minimum(start, stop)
     full_start = start + tl.cdiv(tl.minimum(full_start, stop) - start, BLOCK_N) * BLOCK_N
     full_start = tl.minimum(full_start, stop)
+    full_stop = tl.minimum(full_stop, stop)
     full_stop = full_start + tl.maximum(full_stop - full_start, 0) // BLOCK_N * BLOCK_N
     return start, full_start, full_stop, stop
