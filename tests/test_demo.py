@@ -91,9 +91,9 @@ def test_same_steps_give_the_same_losses(text: Path, capsys: pytest.CaptureFixtu
 
 
 def test_both_models_learn(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = result(capsys, text, "--steps", 60, "--device", "cpu")
+    found = result(capsys, text, "--steps", 30, "--device", "cpu")
     for name, losses in found["loss"].items():
-        assert losses[-1] < 0.7 * losses[0], name
+        assert losses[-1] < 0.8 * losses[0], name
 
 
 def test_time_limit_holds_and_ends_the_schedule(
