@@ -1,7 +1,7 @@
 """The suite that every backend of `nsa_port` is held to, built in or plugged in.
 
     nsa-port conformance --backend NAME --level L --out DIR
-    pytest --pyargs nsa_port.conformance --nsa-backend NAME
+    NSA_PORT_BACKEND=NAME pytest --pyargs nsa_port.conformance
 
 Each case calls the public functions with the backend forced and compares what comes back with the
 float64 reference (`tolerance` says how close is close enough) or checks a property of the results.

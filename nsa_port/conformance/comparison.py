@@ -100,8 +100,13 @@ def _told(run: Run | None) -> str:
         return f"{run['outcome']} ({', '.join(reason['code'] for reason in run['reasons'])})"
     if not run["measured"]:
         return str(run["outcome"])
-    ratio = "infinite" if run["ratio"] is None else f"{run['ratio']:.2f}"
-    return f"{run['outcome']} {ratio}"
+    return f"{run['outcome']} {_ratio(run['ratio'])}"
+
+
+def _ratio(ratio: float | None) -> str:
+    if ratio is None:
+        return "infinite"
+    return f"{ratio:.2f}" if ratio < 100 else f"{ratio:.0e}"
 
 
 def as_page(found: tuple[report.Document, report.Document], pairs: Sequence[Pair]) -> str:

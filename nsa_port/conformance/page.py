@@ -18,7 +18,7 @@ _DTYPES = ("float32", "float16", "bfloat16", "float64")
 _SIGNS = {PASS: "✓", FAIL: "✕", UNSUPPORTED: "○"}
 _LEAST, _MOST = 0.003, 4.0
 """The range of the overview's axis; what lies outside is drawn at its ends."""
-_LANE = 54
+_LANE, _STACK = 62, 7
 
 
 def render(found: Document) -> str:
@@ -94,12 +94,17 @@ def _tiles(found: Document) -> str:
     summary = found["summary"]
     ratios = [case["ratio"] for case in found["cases"] if case["ratio"] is not None]
     infinite = any(case["measured"] and case["ratio"] is None for case in found["cases"])
-    tightest = "over" if infinite else f"{max(ratios):.0%}" if ratios else "none"
+    worst = math.inf if infinite else max(ratios, default=0.0)
+    headroom = (
+        (FAIL, "over", "budget: the worst run errs more than it may")
+        if worst > 1
+        else ("", f"{worst:.0%}", "of its error budget used by the tightest run")
+    )
     tiles = [
         (PASS, summary[PASS], "runs passed"),
         (FAIL if summary[FAIL] else "", summary[FAIL], "runs failed"),
         (UNSUPPORTED if summary[UNSUPPORTED] else "", summary[UNSUPPORTED], "runs unsupported"),
-        ("", tightest, "of its error budget used by the tightest run"),
+        headroom,
         ("", _duration(found["seconds"]), "for the whole suite"),
     ]
     cells = "".join(
@@ -153,13 +158,14 @@ def _overview(cases: Rows) -> str:
              f'height="{height - 26}" rx="4"/>']  # fmt: skip
     for tick in ticks:
         kind = "budget" if tick == 1 else "axis"
-        name = f"{tick:g}"
+        name = "budget" if tick == 1 else f"≤ {tick:g}" if tick == _LEAST else f"{tick:g}"
         parts.append(
             f'<line class="{kind}" x1="{_at(tick)}" x2="{_at(tick)}" y1="0" y2="{height - 26}"/>'
-            f'<text x="{_at(tick)}" y="{height - 8}" text-anchor="middle">{name}</text>'
+            f'<text class="{kind}-name" x="{_at(tick)}" y="{height - 8}" '
+            f'text-anchor="middle">{name}</text>'
         )
     for lane, dtype in enumerate(lanes):
-        middle = lane * _LANE + _LANE / 2
+        middle = lane * _LANE + _LANE / 2 + 6
         parts.append(f'<text x="0" y="{lane * _LANE + 14}">{dtype}</text>')
         parts += _swarm([case for case in measured if case["dtype"] == dtype], middle)
     return f"""<h2>Headroom</h2>
@@ -177,9 +183,10 @@ def _swarm(cases: Rows, middle: float) -> list[str]:
     for case in sorted(cases, key=lambda case: case["ratio"] or 0):
         ratio = math.inf if case["ratio"] is None else case["ratio"]
         column = round(_place(ratio) / 0.9)
-        at = taken[column] = taken.get(column, -1) + 1
-        offset = (at + 1) // 2 * 6.5 * (1 if at % 2 else -1)
-        offset = max(-_LANE / 2 + 4, min(_LANE / 2 - 4, offset))
+        while taken.get(column, 0) >= _STACK:
+            column += 1
+        at = taken[column] = taken.get(column, 0) + 1
+        offset = at // 2 * 6.5 * (1 if at % 2 else -1)
         dots.append(
             f'<circle class="dot fill-{case["dtype"]}" cx="{column * 0.9:.2f}%" '
             f'cy="{middle + offset:.1f}" r="4">'
@@ -191,7 +198,7 @@ def _swarm(cases: Rows, middle: float) -> list[str]:
 def _place(ratio: float) -> float:
     """Where on the overview's axis a ratio stands, in percent."""
     clamped = min(max(ratio, _LEAST), _MOST)
-    return 2 + 96 * math.log(clamped / _LEAST) / math.log(_MOST / _LEAST)
+    return 5 + 88 * math.log(clamped / _LEAST) / math.log(_MOST / _LEAST)
 
 
 def _at(ratio: float) -> str:

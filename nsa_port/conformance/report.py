@@ -94,7 +94,7 @@ def _environment(plan: Plan) -> Document:
     return {
         "nsa_port": nsa_port.__version__,
         "device": str(plan.device),
-        "device_name": found.device_name or platform.processor() or platform.machine(),
+        "device_name": found.device_name or _processor(),
         "arch": found.arch or platform.machine(),
         "torch": found.torch_version,
         "triton": triton.version if triton else "",
@@ -106,6 +106,14 @@ def _environment(plan: Plan) -> Document:
         "interpreter": found.interpreter,
         "emulate": found.emulate,
     }
+
+
+def _processor() -> str:
+    """The CPU's name; Linux tells it only in a file."""
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text(errors="replace").splitlines() if listing.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _git_state() -> Document | None:
