@@ -25,6 +25,7 @@ TINY = replace(
     length=64,
     batch=2,
     held_out=3,
+    learning_rate=2e-2,
 )
 
 
