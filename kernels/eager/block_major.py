@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nsa_port.kernels.eager import pairs, ranged
-from nsa_port.kernels.eager.ranged import LOG2_E, Heads, Range, Tile
+from nsa_port.kernels.eager import pairs
+from nsa_port.kernels.eager.ranged import LOG2_E, Head, Range, Tile
 from nsa_port.kernels.eager.rows import empty_results
 from nsa_port.kernels.eager.selection import block_scores, choose_blocks
-from nsa_port.kernels.eager.spans import Span, spans
+from nsa_port.kernels.eager.spans import Span, for_each_span
 from nsa_port.kernels.geometry import Layout, NSAConfig
 
 selected_attention = pairs.selected_attention
@@ -23,8 +23,7 @@ def compressed_attention(
 ) -> tuple[Tensor, Tensor]:
     """Eq. 8. `out, lse`."""
     out, lse = empty_results(q, v)
-    for span in spans(layout, config, q.shape[0], q.shape[1], k.shape[1]):
-        _compressed_span(span, q, k, v, out, lse, None, config, scale)
+    _compressed(q, k, v, out, lse, None, config, layout, scale)
     return out, lse
 
 
@@ -34,8 +33,7 @@ def compressed_attention_and_blocks(
     """Eq. 8 to 12; the probabilities serve both. `out, lse, indices`."""
     out, lse = empty_results(q, v)
     indices = _no_blocks(q, k, config)
-    for span in spans(layout, config, q.shape[0], q.shape[1], k.shape[1]):
-        _compressed_span(span, q, k, v, out, lse, indices, config, scale)
+    _compressed(q, k, v, out, lse, indices, config, layout, scale)
     return out, lse, indices
 
 
@@ -43,18 +41,21 @@ def select_blocks(
     q: Tensor, k_cmp: Tensor, lse: Tensor, config: NSAConfig, layout: Layout, scale: float
 ) -> Tensor:
     """Eq. 9 to 12. int32 `[B, T, HK, n]`."""
+    C, HK = k_cmp.shape[1:3]
     indices = _no_blocks(q, k_cmp, config)
-    for span in spans(layout, config, q.shape[0], q.shape[1], k_cmp.shape[1]):
-        keys = k_cmp[span.batch, span.blocks]
-        heads = Heads.of(span, q, keys, _complete_blocks(config, keys.shape[0]), scale * LOG2_E)
-        own_lse = span.take(lse).unsqueeze(-1) * LOG2_E
-        chosen = span.take(indices)
-        choice = _Choice(chosen, span, config, heads.k.dtype)
-        for tile in heads.tiles():
-            x = heads.logits(tile, heads.rows(heads.q, tile), heads.rows(own_lse, tile))
-            choice.add(tile, x.exp2_())
+
+    def choose(span: Span) -> None:
+        visible = _complete_blocks(config, span)
+        head = Head.of(span, span.blocks, visible, q, k_cmp, None, scale * LOG2_E)
+        own_lse, chosen = span.take(lse), span.take_shared(indices)
+        choice = _Choice(chosen, span, config)
+        for tile in head.tiles():
+            minus = head.column(own_lse, tile) * LOG2_E
+            choice.add(tile, head.logits(tile, head.rows(head.q, tile), minus).exp2_())
         choice.finish()
-        span.put(indices, chosen)
+        span.put_shared(indices, chosen)
+
+    for_each_span(choose, layout, config, q, C, HK, C)
     return indices
 
 
@@ -71,11 +72,15 @@ def compressed_gradients(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Add to `dq`, return `dk, dv`."""
+    C, HK = k.shape[1:3]
     dk, dv = k.new_zeros(k.shape), v.new_zeros(v.shape)
-    for span in spans(layout, config, q.shape[0], q.shape[1], k.shape[1]):
-        visible = _complete_blocks(config, span.blocks.stop - span.blocks.start)
-        inputs = (grad_out, delta, q, k, v, lse, dq, dk, dv)
-        _ranged_gradients(span, span.blocks, visible, *inputs, scale)
+
+    def add(span: Span) -> None:
+        visible = _complete_blocks(config, span)
+        head = Head.of(span, span.blocks, visible, q, k, v, scale * LOG2_E)
+        _add_gradients(head, span.blocks, grad_out, delta, lse, dq, dk, dv, scale)
+
+    for_each_span(add, layout, config, q, C, HK, C)
     return dk, dv
 
 
@@ -84,13 +89,14 @@ def window_attention(
 ) -> tuple[Tensor, Tensor]:
     """Section 3.3.3. `out, lse`."""
     out, lse = empty_results(q, v)
-    for span in spans(layout, config, q.shape[0], q.shape[1], 0):
+
+    def attend(span: Span) -> None:
         own_out, own_lse = span.take(out), span.take(lse)
-        keys, values = k[span.batch, span.keys], v[span.batch, span.keys]
-        heads = Heads.of(span, q, keys, _window(config), scale)
-        ranged.forward(heads, values, own_out, own_lse)
+        Head.of(span, span.keys, _window(config), q, k, v, scale).forward(own_out, own_lse)
         span.put(out, own_out)
         span.put(lse, own_lse)
+
+    for_each_span(attend, layout, config, q, 0, k.shape[2], config.window_size)
     return out, lse
 
 
@@ -108,9 +114,12 @@ def window_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Add to `dq`, return `dk, dv`."""
     dk, dv = k.new_zeros(k.shape), v.new_zeros(v.shape)
-    for span in spans(layout, config, q.shape[0], q.shape[1], 0):
-        inputs = (grad_out, delta, q, k, v, lse, dq, dk, dv)
-        _ranged_gradients(span, span.keys, _window(config), *inputs, scale)
+
+    def add(span: Span) -> None:
+        head = Head.of(span, span.keys, _window(config), q, k, v, scale * LOG2_E)
+        _add_gradients(head, span.keys, grad_out, delta, lse, dq, dk, dv, scale)
+
+    for_each_span(add, layout, config, q, 0, k.shape[2], config.window_size)
     return dk, dv
 
 
@@ -118,14 +127,15 @@ def _window(config: NSAConfig) -> Range:
     return Range(lambda p: p - config.window_size + 1, lambda p: p + 1)
 
 
-def _complete_blocks(config: NSAConfig, num_blocks: int) -> Range:
+def _complete_blocks(config: NSAConfig, span: Span) -> Range:
     """Blocks `i` with `i d + l - 1 <= p`, of those that there are."""
+    num_blocks = span.blocks.stop - span.blocks.start
 
-    def stop(p):  # type: ignore[no-untyped-def]
+    def stop(p: int | Tensor) -> int | Tensor:
         count = (p + 1 - config.block_size) // config.block_stride + 1
         return min(count, num_blocks) if isinstance(count, int) else count
 
-    return Range(lambda p: p * 0, stop)
+    return Range(lambda p: 0, stop)
 
 
 def _no_blocks(q: Tensor, k: Tensor, config: NSAConfig) -> Tensor:
@@ -133,8 +143,7 @@ def _no_blocks(q: Tensor, k: Tensor, config: NSAConfig) -> Tensor:
     return q.new_full(shape, -1, dtype=torch.int32)
 
 
-def _compressed_span(
-    span: Span,
+def _compressed(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -142,47 +151,46 @@ def _compressed_span(
     lse: Tensor,
     indices: Tensor | None,
     config: NSAConfig,
+    layout: Layout,
     scale: float,
 ) -> None:
-    own_out, own_lse = span.take(out), span.take(lse)
-    keys, values = k[span.batch, span.blocks], v[span.batch, span.blocks]
-    heads = Heads.of(span, q, keys, _complete_blocks(config, keys.shape[0]), scale)
-    if indices is None:
-        ranged.forward(heads, values, own_out, own_lse)
-    else:
-        chosen = span.take(indices)
-        choice = _Choice(chosen, span, config, heads.k.dtype)
-        ranged.forward(heads, values, own_out, own_lse, choice.add)
-        choice.finish()
-        span.put(indices, chosen)
-    span.put(out, own_out)
-    span.put(lse, own_lse)
+    C, HK = k.shape[1:3]
+
+    def attend(span: Span) -> None:
+        own_out, own_lse = span.take(out), span.take(lse)
+        head = Head.of(span, span.blocks, _complete_blocks(config, span), q, k, v, scale)
+        if indices is None:
+            head.forward(own_out, own_lse)
+        else:
+            chosen = span.take_shared(indices)
+            choice = _Choice(chosen, span, config)
+            head.forward(own_out, own_lse, choice.add)
+            choice.finish()
+            span.put_shared(indices, chosen)
+        span.put(out, own_out)
+        span.put(lse, own_lse)
+
+    for_each_span(attend, layout, config, q, C, HK, C)
 
 
-def _ranged_gradients(
-    span: Span,
+def _add_gradients(
+    head: Head,
     rows: slice,
-    visible: Range,
     grad_out: Tensor,
     delta: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
     lse: Tensor,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
     scale: float,
 ) -> None:
-    heads = Heads.of(span, q, k[span.batch, rows], visible, scale * LOG2_E)
-    own = [span.take(x) for x in (grad_out, delta, lse)]
+    span = head.span
     own_dq = span.take(dq)
-    own_dk = torch.zeros_like(heads.k)
-    own_dv = heads.k.new_zeros(*heads.k.shape[:2], v.shape[-1])
-    ranged.backward(heads, v[span.batch, rows], *own, own_dq, own_dk, own_dv, scale)
+    own = (span.take(grad_out), span.take(delta), span.take(lse))
+    own_dk, own_dv = head.backward(*own, own_dq, scale)
     span.put(dq, own_dq)
-    dk[span.batch, rows] = own_dk.transpose(0, 1).to(dk.dtype)
-    dv[span.batch, rows] = own_dv.transpose(0, 1).to(dv.dtype)
+    dk[span.batch, rows, span.head] = own_dk.to(dk.dtype)
+    dv[span.batch, rows, span.head] = own_dv.to(dv.dtype)
 
 
 class _Choice:
@@ -191,14 +199,14 @@ class _Choice:
     Queries before the first complete block come in no tile; their candidates all score 0.
     """
 
-    def __init__(self, indices: Tensor, span: Span, config: NSAConfig, dtype: torch.dtype) -> None:
-        self._indices, self._span, self._config, self._dtype = indices, span, config, dtype
+    def __init__(self, indices: Tensor, span: Span, config: NSAConfig) -> None:
+        self._indices, self._span, self._config = indices, span, config
         self._done = 0
         self._tiles: list[tuple[Tile, Tensor]] = []
 
     def add(self, tile: Tile, p: Tensor) -> None:
-        """`p [HK, c * G, N]` of the next tile."""
-        shared = p.unflatten(1, (tile.b - tile.a, -1)).sum(2).transpose(0, 1)
+        """`p [c * G, N]` of the next tile."""
+        shared = p.view(tile.b - tile.a, -1, p.shape[1]).sum(1)
         self._tiles.append((tile, shared))
         if tile.b - self._done >= _QUERIES_PER_CHOICE:
             self._choose(tile.b)
@@ -209,13 +217,14 @@ class _Choice:
             self._choose(len(self._span.positions))
 
     def _choose(self, stop: int) -> None:
-        rows, widest = slice(self._done, stop), self._tiles[-1][0].high if self._tiles else 0
-        shared = torch.zeros(stop - self._done, self._indices.shape[1], widest, dtype=self._dtype)
+        widest = self._tiles[-1][0].high if self._tiles else 0
+        dtype = self._tiles[-1][1].dtype if self._tiles else torch.float32
+        shared = torch.zeros(stop - self._done, widest, dtype=dtype)
         for tile, part in self._tiles:
-            shared[tile.a - self._done : tile.b - self._done, :, : tile.high] = part
+            shared[tile.a - self._done : tile.b - self._done, : tile.high] = part
         num_blocks = self._config.num_select_blocks(self._span.positions[stop - 1] + 1)
         scores = block_scores(shared, self._config, num_blocks)
-        position = self._span.position[rows, None, None]
-        self._indices[rows] = choose_blocks(scores, position, self._config)
+        position = self._span.position[self._done : stop, None]
+        self._indices[self._done : stop] = choose_blocks(scores, position, self._config)
         self._tiles.clear()
         self._done = stop
