@@ -144,6 +144,8 @@ class Result:
         error, budget: of the measurement that used most of its budget; None where nothing was
             measured, `error` also where it is not finite.
         breach: the case is unsupported although the backend declares its level.
+        excused: it is unsupported where no backend is asked for more: an optional dtype, a dtype
+            that what stands in for the hardware cannot compute, a machine too small.
     """
 
     case: Case
@@ -155,6 +157,7 @@ class Result:
     notes: tuple[str, ...] = ()
     reasons: tuple[Reason, ...] = ()
     breach: bool = False
+    excused: bool = False
 
     @property
     def worst(self) -> Measurement | None:

@@ -10,6 +10,7 @@ from nsa_port.conformance import (
     level3_peers,
     level4,
     level4_torch,
+    level5,
 )
 from nsa_port.conformance.case import Case
 
@@ -21,6 +22,7 @@ CASES: tuple[Case, ...] = (
     *level3_peers.CASES,
     *level4.CASES,
     *level4_torch.CASES,
+    *level5.CASES,
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 from nsa_port import environment as machine
 from nsa_port import registry, settings
 from nsa_port.backends.interface import Backend
-from nsa_port.conformance import LEVELS, report, runner
+from nsa_port.conformance import LEVELS, page, report, runner
 from nsa_port.conformance.case import (
     FAIL,
     OPTIONAL,
@@ -70,12 +71,27 @@ def main(args: argparse.Namespace) -> int:
     print(_heading(plan, level))
     start = time.perf_counter()
     results = runner.run(plan, progress())
-    found = report.document(plan, level, results, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    partial = bool(args.only or args.dtype)
+    found = report.document(plan, level, results, seconds, partial=partial)
     _print_summary(found)
     if args.out:
-        for path in report.write(found, args.out):
+        for path in write(found, args.out):
             print(f"wrote {path}")
     return 0 if found["conforms"] else 1
+
+
+def write(found: report.Document, folder: Path) -> list[Path]:
+    """Write `conformance.json`, `.xml` (JUnit) and `.html` into the folder; returns the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {
+        "conformance.json": json.dumps(found, indent=1) + "\n",
+        "conformance.xml": report.junit(found),
+        "conformance.html": page.render(found),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return [folder / name for name in texts]
 
 
 def automatic_backend() -> Backend:
@@ -140,9 +156,9 @@ def _print_summary(found: report.Document) -> None:
         for reason in case["reasons"]:
             codes[reason["code"]] = codes.get(reason["code"], 0) + 1
     told = ", ".join(f"{code} x {count}" for code, count in codes.items())
-    verdict = "conforms" if found["conforms"] else "DOES NOT CONFORM"
+    _, words = report.verdict(found)
     print(
-        f"{found['backend']['name']} {verdict} to level {found['suite']['level']}: "
+        f"{found['backend']['name']}: {words}. "
         f"{summary[PASS]} passed, {summary[FAIL]} failed, {summary[UNSUPPORTED]} unsupported"
         + (f" ({told})" if told else "")
         + (f", {summary['breaches']} of them within its level" if summary["breaches"] else "")

@@ -68,7 +68,8 @@ def as_text(found: tuple[report.Document, report.Document], pairs: Sequence[Pair
     facts = [page.facts(one) for one in found]
     names = list(dict.fromkeys([*facts[0], *facts[1]]))
     rows = [(name, facts[0].get(name, "-"), facts[1].get(name, "-")) for name in names]
-    rows.append(("verdict", _verdict(found[0]), _verdict(found[1])))
+    first, second = (report.verdict(one)[1] for one in found)
+    rows.append(("verdict", first, second))
     parts = [_columns(rows)]
     differing = [pair for pair in pairs if pair.differs]
     if differing:
@@ -86,11 +87,6 @@ def _columns(rows: Sequence[tuple[str, ...]]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     )
-
-
-def _verdict(found: report.Document) -> str:
-    does = "conforms" if found["conforms"] else "does not conform"
-    return f"{does} to level {found['suite']['level']}"
 
 
 def _told(run: Run | None) -> str:

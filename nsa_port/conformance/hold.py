@@ -29,6 +29,10 @@ class References:
     exact: Inputs
     plain: Inputs
 
+    @property
+    def both(self) -> tuple[Inputs, Inputs]:
+        return self.exact, self.plain
+
 
 def references(context: Context, inputs: Inputs) -> References:
     exact, plain = (partial(form, context) for form in (to_exact, to_plain))
@@ -44,22 +48,28 @@ def to_plain(context: Context, tensor: Tensor) -> Tensor:
 
 
 def forward(context: Context, inputs: Inputs) -> WholeForward:
-    """Compare every output of the operator, and the function's own output."""
+    """Compare every output of the operator, and what it returns without gradients."""
     got = run(inputs, context.name, needs_grad=True)
+    outputs(context, inputs, got)
+    with torch.no_grad():
+        alone = run(inputs, context.name)
+    with context.under("without gradients"):
+        outputs(context, inputs, alone, ("out", "lse"))
+    return got
+
+
+def outputs(
+    context: Context, inputs: Inputs, got: WholeForward, names: tuple[str, ...] = _BRANCHES
+) -> None:
+    """Compare outputs that the backend gave for a call, its choice of blocks among them."""
     selection(context, inputs, got.indices)
     both = references(context, inputs)
     exact = run_reference(both.exact, got.indices.to(both.exact.q.device))
     plain = run_reference(both.plain, got.indices)
     exponent = tolerance.largest_exponent(exact.lse)
-    for name in _BRANCHES:
-        given = (getattr(outputs, name) for outputs in (got, exact, plain))
+    for name in names:
+        given = (getattr(result, name) for result in (got, exact, plain))
         context.compare(name, *given, exponent=exponent)
-    with torch.no_grad():
-        alone = run(inputs, context.name)
-    selection(context, inputs, alone.indices)
-    if torch.equal(alone.indices, got.indices):
-        context.compare("out without gradients", alone.out, exact.out, plain.out, exponent=exponent)
-    return got
 
 
 def function(context: Context, inputs: Inputs) -> Tensor:
@@ -75,14 +85,46 @@ def backward(context: Context, inputs: Inputs, *, seed: int = 99) -> tuple[Tenso
     got = run(leaves, context.name, needs_grad=True)
     grad = like(got.out, seed)
     gradients = torch.autograd.grad(got.out, leaves.tensors, grad)
-    selection(context, inputs, got.indices)
+    compare_gradients(context, inputs, got.indices, grad, gradients)
+    return gradients
+
+
+def compare_gradients(
+    context: Context,
+    inputs: Inputs,
+    indices: Tensor,
+    grad: Tensor,
+    gradients: tuple[Tensor, ...],
+) -> None:
+    """Compare gradients that the backend gave for a call, its choice of blocks and `grad`."""
+    selection(context, inputs, indices)
     both = references(context, inputs)
-    exact, lse = _reference_gradients(both.exact, got.indices, grad)
-    plain, _ = _reference_gradients(both.plain, got.indices, grad)
+    exact, lse = _reference_gradients(both.exact, indices, grad)
+    plain, _ = _reference_gradients(both.plain, indices, grad)
     exponent, terms = tolerance.largest_exponent(lse), largest(exact)
     for name, actual, wanted, rough in zip(NAMES, gradients, exact, plain, strict=True):
         context.compare(f"d{name}", actual, wanted, rough, exponent=exponent, terms=terms)
-    return gradients
+
+
+def window_rows(
+    context: Context,
+    rows: Inputs,
+    actual: tuple[Tensor, Tensor],
+    grad: Tensor,
+    gradient: Tensor,
+) -> None:
+    """Compare some rows of window attention: `out, lse`, and the gradient of their queries."""
+    found = []
+    for given in references(context, rows).both:
+        q = given.q.requires_grad_()
+        out, lse = reference.window_attention(q, given.k_win, given.v_win, given.cfg, **given.where)
+        (dq,) = torch.autograd.grad(out, q, grad.to(out))
+        found.append((out, lse, dq))
+    exponent = tolerance.largest_exponent(found[0][1])
+    for name, mine, exact, plain in zip(
+        ("out", "lse", "dq"), (*actual, gradient), *found, strict=True
+    ):
+        context.compare(name, mine, exact, plain, exponent=exponent)
 
 
 def largest(tensors: Iterable[Tensor]) -> float:

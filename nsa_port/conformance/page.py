@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from nsa_port.conformance import LEVELS
+from nsa_port.conformance import LEVELS, report
 from nsa_port.conformance.case import FAIL, PASS, UNSUPPORTED
 
 Document = Mapping[str, Any]
@@ -66,11 +66,8 @@ def text(value: object) -> str:
 
 def verdict(found: Document) -> str:
     """The pill that says whether the backend conforms."""
-    level = found["suite"]["level"]
-    if found["conforms"]:
-        return f'<div class="verdict pass">✓ Conforms to level {level}</div>'
-    kind = FAIL if found["summary"][FAIL] else UNSUPPORTED
-    return f'<div class="verdict {kind}">✕ Does not conform to level {level}</div>'
+    kind, words = report.verdict(found)
+    return f'<div class="verdict {kind}">{_SIGNS[kind]} {text(words)}</div>'
 
 
 def _hero(found: Document) -> str:

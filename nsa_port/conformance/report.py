@@ -27,13 +27,19 @@ SCHEMA = 1
 Document = dict[str, Any]
 
 
-def document(plan: Plan, level: int, results: Sequence[Result], seconds: float) -> Document:
-    """Everything there is to say of a run, in plain values."""
+def document(
+    plan: Plan, level: int, results: Sequence[Result], seconds: float, *, partial: bool = False
+) -> Document:
+    """Everything there is to say of a run, in plain values.
+
+    Args:
+        partial: only some cases or dtypes of the levels were run.
+    """
     counts = Counter(result.outcome for result in results)
     breaches = sum(result.breach for result in results)
     return {
         "schema": SCHEMA,
-        "suite": {"version": SUITE_VERSION, "level": level, "levels": LEVELS[level]},
+        "suite": {"version": SUITE_VERSION, "level": level, "partial": partial},
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(seconds, 2),
         "backend": {
@@ -50,6 +56,7 @@ def document(plan: Plan, level: int, results: Sequence[Result], seconds: float) 
             "breaches": breaches,
         },
         "conforms": conforms(results),
+        "reached": reached(level, results),
         "cases": [_case(result) for result in results],
     }
 
@@ -57,6 +64,32 @@ def document(plan: Plan, level: int, results: Sequence[Result], seconds: float) 
 def conforms(results: Sequence[Result]) -> bool:
     """Nothing failed, and nothing is unsupported within the declared level."""
     return bool(results) and not any(r.outcome == FAIL or r.breach for r in results)
+
+
+def reached(level: int, results: Sequence[Result]) -> int:
+    """The highest level up to which nothing failed and nothing is unsupported without excuse;
+    -1 if there is none."""
+    short = [
+        result.case.level
+        for result in results
+        if result.outcome == FAIL or (result.outcome == UNSUPPORTED and not result.excused)
+    ]
+    return min([level, *(low - 1 for low in short)])
+
+
+def verdict(found: Mapping[str, Any]) -> tuple[str, str]:
+    """In an outcome's word and in a few: whether the backend conforms, and how far."""
+    summary, level = found["summary"], found["suite"]["level"]
+    if found["suite"]["partial"]:
+        short = summary[FAIL] + summary["breaches"]
+        if short:
+            return FAIL, f"{short} of the chosen runs fall short"
+        return (PASS, "The chosen runs hold") if summary[PASS] else (UNSUPPORTED, "Nothing ran")
+    if not found["conforms"]:
+        return FAIL, f"Does not conform to level {min(level, found['backend']['declared_level'])}"
+    if found["reached"] < 0:
+        return UNSUPPORTED, "Conforms to no level"
+    return PASS, f"Conforms to level {found['reached']}"
 
 
 def _case(result: Result) -> Document:
@@ -71,6 +104,7 @@ def _case(result: Result) -> Document:
         "dtype": result.dtype_name,
         "outcome": result.outcome,
         "breach": result.breach,
+        "excused": result.excused,
         "measured": len(result.measurements),
         "worst": worst.name if worst else "",
         "error": _finite(worst.error) if worst else None,
@@ -135,23 +169,8 @@ def _git_state() -> Document | None:
     return None if commit is None else {"commit": commit, "dirty": bool(git("status", "-s"))}
 
 
-def write(found: Document, folder: Path) -> list[Path]:
-    """Write `conformance.json`, `.xml` (JUnit) and `.html` into the folder; returns the paths."""
-    from nsa_port.conformance import page
-
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = {
-        "conformance.json": json.dumps(found, indent=1) + "\n",
-        "conformance.xml": junit(found),
-        "conformance.html": page.render(found),
-    }
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    return [folder / name for name in texts]
-
-
 def read(path: Path) -> Document:
-    """A document that `write` wrote.
+    """A document that the command wrote.
 
     Raises:
         ValueError: it is no such document, or of a schema this version does not know.

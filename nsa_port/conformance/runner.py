@@ -69,7 +69,7 @@ def run_case(
     context = Context(backend, device, dtype or torch.float32)
     start = time.perf_counter()
     reasons: tuple[Reason, ...] = ()
-    breach = False
+    excused = False
     try:
         with warnings.catch_warnings(), _prepared(case.level in _POISONED_LEVELS):
             warnings.simplefilter("ignore")
@@ -79,9 +79,9 @@ def run_case(
         raise
     except BackendUnavailable as error:
         outcome, reasons = UNSUPPORTED, error.reasons
-        breach = case.level <= backend.level and not _excused(backend, device, dtype, reasons)
+        excused = _excused(backend, device, dtype, reasons)
     except Unsupported as error:
-        outcome, reasons = UNSUPPORTED, (error.reason,)
+        outcome, reasons, excused = UNSUPPORTED, (error.reason,), True
     except Exception as error:
         outcome = FAIL
         context.failures.append(_describe(error))
@@ -94,7 +94,8 @@ def run_case(
         failures=tuple(context.failures),
         notes=tuple(dict.fromkeys(context.notes)),
         reasons=reasons,
-        breach=breach,
+        breach=outcome == UNSUPPORTED and not excused and case.level <= backend.level,
+        excused=excused,
     )
 
 
