@@ -220,26 +220,27 @@ def _interval_dq_kernel(
     first, stop = tile_of(tile_first, tile_stop, i_tile, BLOCK_M, T)
     o_query = first + tl.arange(0, BLOCK_M)
     m_row = o_query < stop
+    o_bounds = i_batch * stride_bounds + o_query
+    b_lower = tl.load(lower + o_bounds, mask=m_row, other=0)
+    b_upper = tl.load(upper + o_bounds, mask=m_row, other=0)
+    start, full_start, full_stop, stop = key_spans(b_lower, b_upper, m_row, BLOCK_N)
+    # Rows that see nothing may hold anything, NaN too.
+    m_seeing = m_row & (b_lower < b_upper)
 
     p_q = q + i_batch * stride_qb + i_head * stride_qh
     p_grad = grad_out + i_batch * stride_gb + i_head * stride_gh
     o_q = o_query.to(tl.int64) * stride_qt
     o_grad = o_query.to(tl.int64) * stride_gt
-    b_q = load_rows(p_q, o_q, m_row, 0, K_MAIN, DIM_K, True)
-    b_grad = load_rows(p_grad, o_grad, m_row, 0, V_MAIN, DIM_V, True)
+    b_q = load_rows(p_q, o_q, m_seeing, 0, K_MAIN, DIM_K, True)
+    b_grad = load_rows(p_grad, o_grad, m_seeing, 0, V_MAIN, DIM_V, True)
     b_q_rest, b_grad_rest = b_q, b_grad
     if K_REST:
-        b_q_rest = load_rows(p_q, o_q, m_row, K_MAIN, K_REST, DIM_K, True)
+        b_q_rest = load_rows(p_q, o_q, m_seeing, K_MAIN, K_REST, DIM_K, True)
     if V_REST:
-        b_grad_rest = load_rows(p_grad, o_grad, m_row, V_MAIN, V_REST, DIM_V, True)
+        b_grad_rest = load_rows(p_grad, o_grad, m_seeing, V_MAIN, V_REST, DIM_V, True)
     o_stats = (i_batch * H + i_head) * T + o_query
-    b_lse = tl.load(lse_log2 + o_stats, mask=m_row, other=float("inf"))
-    b_delta = tl.load(delta + o_stats, mask=m_row, other=0.0)
-
-    o_bounds = i_batch * stride_bounds + o_query
-    b_lower = tl.load(lower + o_bounds, mask=m_row, other=0)
-    b_upper = tl.load(upper + o_bounds, mask=m_row, other=0)
-    start, full_start, full_stop, stop = key_spans(b_lower, b_upper, m_row, BLOCK_N)
+    b_lse = tl.load(lse_log2 + o_stats, mask=m_seeing, other=float("inf"))
+    b_delta = tl.load(delta + o_stats, mask=m_seeing, other=0.0)
 
     p_k = k + i_batch * stride_kb + i_kv * stride_kh
     p_v = v + i_batch * stride_vb + i_kv * stride_vh

@@ -1,0 +1,434 @@
+"""What holds for every Triton operator, wherever it runs.
+
+Not collected by name: `test_triton_interpreter.py` runs it in a process of its own, where Triton
+interprets the kernels on CPU tensors. On a machine with a GPU run it directly, compiled:
+`pytest tests/triton_operators.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsa_port import reference
+from nsa_port.kernels import triton as kernels
+from nsa_port.kernels.geometry import Layout, NSAConfig
+from nsa_port.kernels.triton import host, selected, selection
+from tests.eager_cases import (
+    CASES,
+    SMALL,
+    Case,
+    assert_close,
+    cumulative,
+    make_inputs,
+    reference_run,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BRANCHES = ["compressed_attention", "selected_attention", "window_attention"]
+
+MORE_BLOCKS = replace(SMALL, num_selected=4, local_blocks=1)
+CASES_OF_OUR_OWN = [
+    Case("short", T=26, S=26),
+    Case("group_of_5", T=20, S=52, H=5, HK=1),
+    Case("group_of_12", T=12, S=40, H=24, HK=2, Dk=24, Dv=40),
+    Case("group_of_64", T=5, S=40, H=64, HK=1, Dk=16, Dv=16),
+    Case("heads_192_128", T=10, S=40, H=2, HK=1, Dk=192, Dv=128),
+    Case("heads_80_256", T=10, S=40, H=2, HK=1, Dk=80, Dv=256),
+    Case("heads_100_36", T=10, S=40, H=2, HK=1, Dk=100, Dv=36),
+    Case("blocks_of_12", config=NSAConfig(8, 4, 12, 4, 1, 1, 24), T=40, S=120),
+    Case("blocks_of_200", config=NSAConfig(8, 4, 200, 2, 0, 1, 24), T=20, S=450),
+    Case("many_blocks", config=MORE_BLOCKS, T=40, S=300),
+    Case("many_blocks_literal", config=replace(MORE_BLOCKS, score_map="literal"), T=40, S=300),
+    Case("many_blocks_packed", config=MORE_BLOCKS, lengths=((10, 150), (0, 0), (30, 200))),
+]
+
+
+def _every_case() -> list[Case]:
+    """All cases on a GPU; the interpreter is slow, and wrong in bfloat16."""
+    cases = [case for case in (*CASES, *CASES_OF_OUR_OWN) if case.dtype != torch.float64]
+    if DEVICE == "cuda":
+        return cases
+    cases = [case for case in cases if case.dtype != torch.bfloat16]
+    dense = [case.positions is None and not case.packed for case in cases]
+    return [
+        replace(case, T=min(case.T, 16)) if cut else case
+        for case, cut in zip(cases, dense, strict=True)
+    ]
+
+
+EVERY = _every_case()
+every_case = pytest.mark.parametrize("case", EVERY, ids=str)
+by_name = {case.name: case for case in EVERY}
+
+
+def on_device(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.to(DEVICE) for tensor in tensors]
+
+
+def device_layout(case: Case) -> Layout:
+    layout = case.layout
+    moved = (
+        None if tensor is None else tensor.to(DEVICE)
+        for tensor in (layout.cu_seqlens, layout.cu_seqlens_k, layout.positions)
+    )
+    return Layout(layout.num_keys, *moved)
+
+
+def tail(case: Case) -> tuple[NSAConfig, Layout, float]:
+    return case.config, device_layout(case), case.scale
+
+
+def chosen_blocks(case: Case, q: Tensor, k_cmp: Tensor) -> Tensor:
+    where = case.where if case.packed else {**case.where, "num_keys": case.S}
+    _, lse = reference.compressed_attention(
+        q.double(), k_cmp.double(), k_cmp.double(), case.config, scale=case.scale, **where
+    )
+    return reference.select_blocks(
+        q.double(), k_cmp.double(), lse, case.config, scale=case.scale, **where
+    )
+
+
+def branch_arguments(operator: str, case: Case) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+    x = make_inputs(case)
+    grads = (x.grad, x.grad_lse)
+    if operator == "compressed_attention":
+        return [x.q, x.k_cmp, x.v_cmp], grads
+    if operator == "window_attention":
+        return [x.q, x.k_win, x.v_win], grads
+    return [x.q, x.k_slc, x.v_slc, chosen_blocks(case, x.q, x.k_cmp)], grads
+
+
+def check_branch(operator: str, case: Case) -> None:
+    tensors, grads = branch_arguments(operator, case)
+    exact, exact_grads = reference_run(operator, case, tensors, grads, wide=True)
+    plain, plain_grads = reference_run(operator, case, tensors, grads, wide=False)
+    moved = on_device(*tensors)
+    out, lse = getattr(kernels, operator)(*moved, *tail(case))
+    assert out.dtype == case.dtype
+    assert lse.dtype == torch.float32
+    assert out.is_contiguous()
+    assert lse.is_contiguous()
+    assert_close(out.cpu(), exact[0], plain[0], "out")
+    assert_close(lse.cpu(), exact[1], plain[1], "lse")
+    backward = getattr(kernels, f"{operator}_backward")
+    found = backward(*on_device(*grads), *moved, out, lse, *tail(case))
+    for name, *gradient in zip("qkv", found, exact_grads, plain_grads, strict=True):
+        assert gradient[0].dtype == case.dtype
+        assert gradient[0].is_contiguous()
+        gradient[0] = gradient[0].cpu()
+        assert_close(*gradient, f"d{name}", source=grads[0], lse=lse.cpu())
+
+
+@pytest.mark.parametrize("operator", BRANCHES)
+@every_case
+def test_branch_and_its_gradients_match_the_reference(operator: str, case: Case) -> None:
+    check_branch(operator, case)
+
+
+@pytest.fixture
+def by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Selected attention by block whatever the size, with short segments and several chunks."""
+    tuned = host.tuned
+
+    def changed(arch: str, kernel: str, element_size: int, largest_dim: int) -> dict[str, int]:
+        entry = dict(tuned(arch, kernel, element_size, largest_dim))
+        if kernel == "selected_by_block":
+            entry.update(fewest_queries=0, largest_group=64)
+        if "segment" in entry:
+            entry["segment"] = 8
+        return entry
+
+    monkeypatch.setattr(selected, "tuned", changed)
+    monkeypatch.setattr("nsa_port.kernels.triton.selected_backward.tuned", changed)
+    monkeypatch.setattr(selected, "query_chunk", lambda T, _: max(1, -(-T // 2)))
+    monkeypatch.setattr(
+        "nsa_port.kernels.triton.selected_backward.query_chunk", lambda T, _: max(1, -(-T // 2))
+    )
+
+
+BY_BLOCK = [
+    "longer_cache", "block_of_one", "holes_per_batch_entry", "packed", "packed_cache", "float16",
+    "group_of_5", "heads_192_128", "blocks_of_12", "blocks_of_200",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BY_BLOCK)
+@pytest.mark.usefixtures("by_block")
+def test_selected_attention_by_block_matches_the_reference(name: str) -> None:
+    check_branch("selected_attention", by_name[name])
+
+
+@pytest.mark.parametrize("scale", [-0.4, 0.0, 1.5])
+@pytest.mark.parametrize("operator", BRANCHES)
+def test_any_scale(operator: str, scale: float) -> None:
+    case = Case("scaled", T=12, S=30)
+    tensors, grads = branch_arguments(operator, case)
+    leaves = [t.double() if t.is_floating_point() else t for t in tensors]
+    leaves = [t.requires_grad_() if t.is_floating_point() else t for t in leaves]
+    options = {"num_keys": case.S} if operator == "compressed_attention" else {}
+    out, lse = getattr(reference, operator)(*leaves, case.config, scale=scale, **options)
+    wanted = torch.autograd.grad(out, leaves[:3], grads[0].double())
+    moved, arguments = on_device(*tensors), (case.config, device_layout(case), scale)
+    found, found_lse = getattr(kernels, operator)(*moved, *arguments)
+    torch.testing.assert_close(found.cpu().double(), out, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found_lse.cpu().double(), lse, rtol=1e-5, atol=1e-5)
+    backward = getattr(kernels, f"{operator}_backward")
+    gradients = backward(grads[0].to(DEVICE), None, *moved, found, found_lse, *arguments)
+    for gradient, exact in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(gradient.cpu().double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@every_case
+def test_chosen_blocks_equal_the_reference(case: Case) -> None:
+    x = make_inputs(case)
+    wanted = chosen_blocks(case, x.q, x.k_cmp)
+    moved = on_device(x.q, x.k_cmp, x.v_cmp)
+    where = case.where if case.packed else {**case.where, "num_keys": case.S}
+    _, lse = reference.compressed_attention(
+        *(t.double() for t in (x.q, x.k_cmp, x.v_cmp)), case.config, scale=case.scale, **where
+    )
+    chosen = kernels.select_blocks(*moved[:2], lse.float().to(DEVICE), *tail(case))
+    assert chosen.dtype == torch.int32
+    assert torch.equal(chosen.cpu(), wanted)
+
+
+@pytest.mark.parametrize("name", ["many_blocks", "many_blocks_literal"])
+def test_scores_too_many_to_hold_choose_the_same_blocks(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selection, "_TOP_BLOCKS", (4,))
+    monkeypatch.setattr(selection, "_SCORE_BYTES", 1)
+    test_chosen_blocks_equal_the_reference(by_name[name])
+
+
+def test_ties_go_to_the_lower_block() -> None:
+    """Equal keys make equal scores in the middle of the sequence."""
+    config = NSAConfig(4, 4, 4, 4, 1, 1, 4)
+    q, k = on_device(torch.randn(1, 64, 2, 8), torch.ones(1, 16, 1, 8))
+    _, lse = kernels.compressed_attention(q, k, k, config, Layout(64), 1.0)
+    chosen = kernels.select_blocks(q, k, lse, config, Layout(64), 1.0)
+    assert chosen[0, 63, 0].tolist() == [0, 1, 2, 15]
+
+
+def test_a_visible_block_whose_score_underflows_is_still_a_candidate() -> None:
+    config = NSAConfig(4, 4, 4, 3, 0, 1, 4)
+    q, k = torch.ones(1, 32, 1, 1, device=DEVICE), torch.full((1, 8, 1, 1), -300.0, device=DEVICE)
+    k[0, 5] = 300.0
+    _, lse = kernels.compressed_attention(q, k, k, config, Layout(32), 1.0)
+    chosen = kernels.select_blocks(q, k, lse, config, Layout(32), 1.0)
+    assert chosen[0, 31, 0].tolist() == [0, 5, 7]
+
+
+@every_case
+def test_mean_compress_and_its_gradient_match_the_reference(case: Case) -> None:
+    x = make_inputs(case).k_slc
+    cu = case.layout.cu_seqlens_k
+    num_blocks = make_inputs(case).k_cmp.shape[1] + 2
+    leaf = x.double().requires_grad_()
+    exact = reference.mean_compress(leaf, case.config, cu_seqlens=cu, num_blocks=num_blocks)
+    plain = reference.mean_compress(x, case.config, cu_seqlens=cu, num_blocks=num_blocks)
+    y = kernels.mean_compress(x.to(DEVICE), case.config, device_layout(case), num_blocks)
+    assert_close(y.cpu(), exact.detach(), plain, "y")
+    grad = torch.randn(y.shape).to(y.dtype)
+    dx = kernels.mean_compress_backward(grad.to(DEVICE), case.config, device_layout(case))
+    (wanted,) = torch.autograd.grad(
+        exact, leaf, grad.double(), allow_unused=True, materialize_grads=True
+    )
+    assert_close(dx.cpu(), wanted, wanted.to(x.dtype), "dx")
+
+
+@pytest.mark.parametrize("name", ["group_of_5", "heads_100_36", "batch", "no_query", "float16"])
+def test_combine_and_its_gradients_match_the_reference(name: str) -> None:
+    x = make_inputs(by_name[name])
+    tensors = [*(torch.randn(x.grad.shape).to(x.grad.dtype) for _ in range(3)), x.gates]
+
+    def run(tensors: list[Tensor]) -> list[Tensor]:
+        leaves = [t.detach().clone().requires_grad_() for t in tensors]
+        out = reference.combine(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, x.grad.to(out.dtype))]
+
+    moved = on_device(*tensors)
+    found = [kernels.combine(*moved), *kernels.combine_backward(x.grad.to(DEVICE), *moved)]
+    exact, plain = run([t.double() for t in tensors]), run(tensors)
+    names = ("out", "cmp", "slc", "win", "gates")
+    for what, value, *others in zip(names, found, exact, plain, strict=True):
+        assert_close(value.cpu(), *others, what)
+
+
+def test_combine_takes_expanded_gates() -> None:
+    shape = (2, 7, 4, 12)
+    outputs = [torch.randn(shape, device=DEVICE) for _ in range(3)]
+    gates = torch.tensor([0.2, 0.5, 0.9], device=DEVICE).expand(*shape[:3], 3)
+    assert torch.equal(kernels.combine(*outputs, gates), kernels.combine(*outputs, gates.clone()))
+    one = torch.tensor(0.3, device=DEVICE).expand(*shape[:3], 3)
+    grad = torch.randn(shape, device=DEVICE)
+    found = kernels.combine_backward(grad, *outputs, one)
+    for a, b in zip(found, kernels.combine_backward(grad, *outputs, one.clone()), strict=True):
+        assert torch.equal(a, b)
+
+
+def as_dict(case: Case) -> dict[str, Tensor]:
+    x = make_inputs(case)
+    return {name: getattr(x, name).to(DEVICE) for name in (*x.names, "grad")}
+
+
+def run_everything(case: Case, x: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every attention operator on given inputs, forward and backward."""
+    arguments = tail(case)
+    results: dict[str, Tensor] = {}
+    for branch, name in zip(("cmp", "slc", "win"), BRANCHES, strict=True):
+        inputs = [x["q"], x[f"k_{branch}"], x[f"v_{branch}"]]
+        if branch == "slc":
+            lse = results["lse_cmp"]
+            results["indices"] = kernels.select_blocks(x["q"], x["k_cmp"], lse, *arguments)
+            inputs.append(results["indices"])
+        out, lse = getattr(kernels, name)(*inputs, *arguments)
+        results[f"out_{branch}"], results[f"lse_{branch}"] = out, lse
+        backward = getattr(kernels, f"{name}_backward")
+        found = backward(x["grad"], None, *inputs, out, lse, *arguments)
+        results.update(zip((f"dq_{branch}", f"dk_{branch}", f"dv_{branch}"), found, strict=True))
+    return results
+
+
+TINY = Case("tiny", T=9, S=30, B=2)
+TINY_PACKED = Case("tiny_packed", lengths=((5, 5), (0, 0), (3, 18), (7, 13)))
+
+
+@pytest.mark.parametrize("case", [TINY, TINY_PACKED], ids=str)
+@pytest.mark.usefixtures("by_block")
+def test_results_are_bit_equal_from_run_to_run(case: Case) -> None:
+    first, second = (run_everything(case, as_dict(case)) for _ in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("case", [TINY, TINY_PACKED], ids=str)
+def test_inputs_may_have_any_strides(case: Case) -> None:
+    dense = as_dict(case)
+    strided = {}
+    for key, x in dense.items():
+        shape = (x.shape[1], x.shape[0], x.shape[2] + 1, x.shape[3] + 3)
+        wide = torch.full(shape, torch.nan, device=DEVICE).transpose(0, 1)
+        strided[key] = wide[:, :, 1:, 2 : 2 + x.shape[3]]
+        strided[key].copy_(x)
+    expected, found = run_everything(case, dense), run_everything(case, strided)
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_what_one_sequence_holds_never_reaches_another(poison: float) -> None:
+    case, sick = TINY_PACKED, 2
+    clean, dirty = as_dict(case), as_dict(case)
+    cu_q, cu_k = (bounds.tolist() for bounds in case.cu_seqlens)
+    cu_c = case.layout.compressed_cu_seqlens(case.config).tolist()
+    where = {"q": cu_q, "grad": cu_q, "gates": cu_q, "k_cmp": cu_c, "v_cmp": cu_c}
+    for key, x in dirty.items():
+        bounds = where.get(key, cu_k)
+        x[:, bounds[sick] : bounds[sick + 1]] = poison
+    expected, found = run_everything(case, clean), run_everything(case, dirty)
+    for key, value in expected.items():
+        bounds = cu_q
+        if key in ("dk_cmp", "dv_cmp"):
+            bounds = cu_c
+        elif key.startswith(("dk", "dv")):
+            bounds = cu_k
+        healthy = torch.ones(value.shape[1], dtype=torch.bool)
+        healthy[bounds[sick] : bounds[sick + 1]] = False
+        assert torch.equal(value[:, healthy], found[key][:, healthy]), key
+
+
+def test_padded_rows_give_and_take_nothing() -> None:
+    positions = torch.arange(18, dtype=torch.int32)
+    positions[::4] = -1
+    case = Case("padded", T=18, S=18, positions=positions)
+    x = as_dict(case)
+    padded = (positions == -1).to(DEVICE)
+    for key in ("q", "grad"):
+        x[key][:, padded] = torch.nan
+    results = run_everything(case, x)
+    for branch in ("cmp", "slc", "win"):
+        assert (results[f"out_{branch}"][:, padded] == 0).all()
+        assert (results[f"lse_{branch}"][:, padded] == -torch.inf).all()
+        assert (results[f"dq_{branch}"][:, padded] == 0).all()
+        assert not results[f"dk_{branch}"].isnan().any()
+        assert not results[f"dv_{branch}"].isnan().any()
+    assert (results["indices"][:, padded] == -1).all()
+
+
+@pytest.mark.parametrize("design", ["by_query", "by_block"])
+def test_indices_out_of_range_or_named_twice_are_ignored(
+    design: str, request: pytest.FixtureRequest
+) -> None:
+    if design == "by_block":
+        request.getfixturevalue("by_block")
+    x = make_inputs(TINY)
+    sane = chosen_blocks(TINY, x.q, x.k_cmp)
+    junk = torch.tensor([-7, 5_000, 2**31 - 1, -(2**31), 0], dtype=torch.int32)
+    wild = torch.cat([sane, junk.expand(*sane.shape[:3], 5)], dim=-1)
+    grad, q, k, v, sane, wild = on_device(x.grad, x.q, x.k_slc, x.v_slc, sane, wild)
+    results = []
+    for indices in (sane, wild):
+        config = replace(SMALL, num_selected=indices.shape[-1])
+        out, lse = kernels.selected_attention(q, k, v, indices, config, Layout(TINY.S), 0.3)
+        arguments = (q, k, v, indices, out, lse, config, Layout(TINY.S), 0.3)
+        results.append((out, lse, *kernels.selected_attention_backward(grad, None, *arguments)))
+    torch.testing.assert_close(*results)
+
+
+def test_cu_seqlens_that_point_nowhere_stay_in_bounds() -> None:
+    """Device tensors are not checked; what comes out is arbitrary, but nothing is read outside."""
+    case = Case("wild", lengths=((20, 20), (30, 30)))
+    x = as_dict(case)
+    for queries, keys in (([90, -60], [400, -20]), ([-5, 70], [-30, 90]), ([7, 1], [3, 4])):
+        wild = Layout(50, cumulative(queries).to(DEVICE), cumulative(keys).to(DEVICE))
+        arguments = (SMALL, wild, 1.0)
+        for branch, name in zip(("cmp", "win"), BRANCHES[::2], strict=True):
+            inputs = (x["q"], x[f"k_{branch}"], x[f"v_{branch}"])
+            out, lse = getattr(kernels, name)(*inputs, *arguments)
+            getattr(kernels, f"{name}_backward")(x["grad"], None, *inputs, out, lse, *arguments)
+        inputs = (x["q"], x["k_slc"], x["v_slc"])
+        indices = kernels.select_blocks(x["q"], x["k_cmp"], lse, *arguments)
+        out, lse = kernels.selected_attention(*inputs, indices, *arguments)
+        kernels.selected_attention_backward(x["grad"], None, *inputs, indices, out, lse, *arguments)
+        y = kernels.mean_compress(x["k_slc"], *arguments[:2], 9)
+        kernels.mean_compress_backward(y, *arguments[:2])
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter compiles nothing")
+def test_a_new_length_compiles_nothing() -> None:
+    from triton import knobs
+
+    def run(T: int, B: int) -> None:
+        case = Case("length", NSAConfig(), B=B, T=T, S=T, H=32, HK=2, Dk=64, Dv=64)
+        for dtype in (torch.float16,):
+            run_everything(replace(case, dtype=dtype), as_dict(replace(case, dtype=dtype)))
+
+    for T, B in ((300, 1), (512, 2)):
+        run(T, B)
+    compiled: list[str] = []
+    hook = knobs.runtime.jit_post_compile_hook
+    knobs.runtime.jit_post_compile_hook = lambda **info: compiled.append(info["repr"])
+    try:
+        for T, B in ((301, 1), (1024, 1), (1777, 3), (2048, 1)):
+            run(T, B)
+    finally:
+        knobs.runtime.jit_post_compile_hook = hook
+    assert not compiled
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="there is no graph to capture on a CPU")
+@pytest.mark.parametrize("case", [TINY, TINY_PACKED], ids=str)
+def test_everything_captures_in_a_graph(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = tail(case)  # on the device already: a copy from the host cannot be captured
+    monkeypatch.setattr("tests.triton_operators.tail", lambda _: arguments)
+    x = as_dict(case)
+    expected = run_everything(case, x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run_everything(case, x)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(expected[key], captured[key]) for key in expected)
