@@ -11,9 +11,9 @@ object, for the GPUs of `architectures.ARCHITECTURES`. Registers and the local d
 NaN, every access is checked against the buffers of the arguments, data races between workgroups are
 reported, and an instruction that is not known is named together with the line to add.
 
-It is a functional model. A pass does not prove speed, waits and latencies, races within a workgroup,
-the memory model, the last bit of a result (exp, log, rcp and sqrt are exact here, 1 ulp on the
-hardware), errata, or the HIP runtime.
+It is a functional model. A pass does not prove speed, waits and latencies, races within a
+workgroup, the memory model, the last bit of a result (exp, log, rcp and sqrt are exact here, 1 ulp
+on the hardware), errata, or the HIP runtime.
 
 Reading order: `assembly` (text to instructions), `registers` and `memory` (what they work on),
 `operands` (how they reach it), one module per instruction class, `decoder` (which one is which),

@@ -18,8 +18,8 @@ class Architecture:
     compute_units, simds: of one device as ROCm shows it, and of one compute unit.
     fnuz_float8: 8-bit floats are the FNUZ formats (no infinity, one zero) and not OCP's.
     flushes_half_subnormals: matrix instructions take subnormal 16-bit inputs for zero.
-    matrix_flops: floating-point operations per cycle and compute unit of matrix instructions, by the
-        format of their inputs.
+    matrix_flops: floating-point operations of matrix instructions per cycle and compute unit, by
+        the format of their inputs.
     """
 
     name: str

@@ -165,7 +165,7 @@ def compile_global_atomic(instruction: Instruction, architecture: Architecture) 
         values = [waves.whole(read(waves))[enabled] for read in readers]
         old = apply_atomic(place.content, place.positions[enabled], values, atomic, wants_old)
         if wants_old:
-            result = np.zeros(waves.shape, form.dtype)
+            result: Array = np.zeros(waves.shape, form.dtype)
             result[enabled] = old
             write(waves, result)
 
@@ -189,7 +189,7 @@ def compile_lds_atomic(instruction: Instruction, architecture: Architecture) -> 
         values = [waves.whole(read_value(waves))[active]]
         old = apply_atomic(waves.lds, positions[active], values, atomic, wants_old)
         if write is not None:
-            result = np.zeros(waves.shape, form.dtype)
+            result: Array = np.zeros(waves.shape, form.dtype)
             result[active] = old
             write(waves, result)
 

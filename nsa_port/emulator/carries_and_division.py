@@ -1,4 +1,4 @@
-"""Vector arithmetic that also reads or writes a mask of lanes: carries and the steps of a division."""
+"""Vector arithmetic that reads or writes a mask of lanes too: carries, the steps of a division."""
 
 from __future__ import annotations
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy import float16, float32, float64, int32, int64, uint32, uint64
 
 from nsa_port.emulator.architectures import Architecture
-from nsa_port.emulator.assembly import Instruction
+from nsa_port.emulator.assembly import Instruction, Operand
 from nsa_port.emulator.memory import HIGH_HALF, LOW_HALF
 from nsa_port.emulator.number_formats import (
     FLOAT8,
@@ -42,9 +42,13 @@ def _floor_to_int32(values: Array) -> Array:
     return int32_of_float(np.floor(values))
 
 
-def _byte_of(position: int) -> Compile:
+def _byte_of(position: int) -> Callable[[Array], Array]:
     shift = uint32(8 * position)
-    return lambda words: ((words >> shift) & uint32(0xFF)).astype(float32)
+
+    def byte(words: Array) -> Array:
+        return ((words >> shift) & uint32(0xFF)).astype(float32)
+
+    return byte
 
 
 OPERATIONS: Mapping[str, Operation] = {
@@ -147,7 +151,7 @@ def compile_scaled_to_float8(instruction: Instruction, architecture: Architectur
     return _write_pair_of_bytes(instruction, [scaled(read) for read in values], form)
 
 
-def _read_half_as_float32(operand, kind: str, high: bool) -> Reader:  # type: ignore[no-untyped-def]
+def _read_half_as_float32(operand: Operand, kind: str, high: bool) -> Reader:
     if kind == "f16":
         half = read_vector(operand, "f16", high)
         return lambda waves: half(waves).astype(float32)

@@ -102,7 +102,7 @@ def lanes_that_dpp_writes(instruction: Instruction, architecture: Architecture) 
     return may_write
 
 
-# ------------------------------------------------------------------------- lanes and scalar registers
+# ----------------------------------------------------------------------- lanes and scalar registers
 def compile_read_first_lane(instruction: Instruction, architecture: Architecture) -> Step:
     """v_readfirstlane_b32: the value of the first active lane (lane 0 if none is)."""
     read, write = read_vector(instruction.operands[1]), write_scalar(instruction.operands[0])
@@ -214,7 +214,7 @@ def compile_swap(instruction: Instruction, architecture: Architecture) -> Step:
     return step
 
 
-# ------------------------------------------------------------- permutes that go through the LDS unit
+# ------------------------------------------------------------ permutes that go through the LDS unit
 def compile_swizzle(instruction: Instruction, architecture: Architecture) -> Step:
     """ds_swizzle_b32: a fixed pattern of lanes."""
     destination, source = instruction.operands

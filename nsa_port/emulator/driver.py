@@ -1,8 +1,8 @@
 """A Triton driver whose device is an emulated AMD GPU: `kernel[grid](cpu_tensors)` just works.
 
-While it is active, Triton compiles kernels for that GPU, and a launch runs the assembly on copies of
-the tensors' storage; what was stored is copied back. Each architecture has a device number of its
-own, so that Triton keeps their compiled kernels apart.
+While it is active, Triton compiles kernels for that GPU, and a launch runs the assembly on copies
+of the tensors' storage; what was stored is copied back. Each architecture has a device number of
+its own, so that Triton keeps their compiled kernels apart.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def run_program(
     shape: LaunchShape,
     arguments: Sequence[tuple[str, Any]],
 ) -> Launch:
-    """Run a program on CPU tensors; `arguments` are (Triton type, value), pointers being tensors."""
+    """Run a program on CPU tensors; `arguments` are (Triton type, value), a pointer's a tensor."""
     started = time.perf_counter()
     memory = GlobalMemory()
     storages: dict[int, tuple[int, NDArray]] = {}
@@ -208,7 +208,7 @@ def _pack(
     return struct.pack("<Q", storages[start][0] + value.data_ptr() - start)
 
 
-class EmulatedDriver(DriverBase):
+class EmulatedDriver(DriverBase):  # type: ignore[misc]
     """The driver that Triton asks for its device, its compilation target and its launcher."""
 
     def __init__(self, session: Session) -> None:

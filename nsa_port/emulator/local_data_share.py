@@ -68,10 +68,11 @@ def lds_positions(waves: Waves, addresses: Array, size: int, instruction: Instru
         wave, lane = (int(index) for index in np.argwhere(wrong)[0])
         raise OutOfBounds(
             f"out of bounds: {instruction.name} of {size} bytes at LDS address "
-            f"{int(addresses[wave, lane])} by lane {lane}; the workgroup has {waves.lds_bytes} bytes"
+            f"{int(addresses[wave, lane])} by lane {lane}; "
+            f"the workgroup has {waves.lds_bytes} bytes"
         )
     if waves.traffic is not None:
-        waves.traffic.ldsaccess(addresses, size)
+        waves.traffic.lds_access(addresses, size)
     if not waves.all_active:
         addresses = np.where(waves.active_lanes, addresses, 0)
     return addresses + waves.lds_base()

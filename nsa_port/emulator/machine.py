@@ -1,8 +1,8 @@
 """The machine: starts workgroups and steps their waves together until they end.
 
 All waves that stand at the same instruction run it as one numpy operation over [waves, lanes]. Of
-waves that went different ways, those that are furthest behind run, so that loops of different length
-meet again at their end.
+waves that went different ways, those that are furthest behind run, so that loops of different
+length meet again at their end.
 
 This is a functional model: memory operations take effect at once, and nothing takes time.
 """
@@ -64,7 +64,6 @@ class Machine:
         self.program = program
         self.memory = memory
         self.counters = Counters([0] * len(program.instructions))
-        self._decoded: DecodedProgram = decode(program)
         self._races = races
         self._traffic = traffic
         self._most_steps = most_steps
@@ -89,7 +88,7 @@ class Machine:
                 workgroups = np.arange(first, min(shape.workgroups, first + together))
                 waves = self._start(workgroups, shape, address)
                 waves.races, waves.traffic = detector, self._traffic
-                _Run(self, waves).finish()
+                Run(self.program, waves, self.counters, self._most_steps).finish()
         return self.counters
 
     # ------------------------------------------------------------------------- starting workgroups
@@ -101,7 +100,7 @@ class Machine:
             self.memory,
             workgroups=workgroups,
             waves_per_workgroup=shape.waves,
-            vector_registers=self._decoded.vector_registers,
+            vector_registers=decode(self.program).vector_registers,
             lds_bytes=max(shape.lds_bytes, static_lds),
             scratch_bytes=descriptor.get("private_segment_fixed_size", 0),
         )
@@ -148,12 +147,21 @@ class Machine:
             scalar[next_register] = 0
 
 
-class _Run:
-    """Stepping some waves to their end."""
+class Run:
+    """Steps some waves to their end; `Machine` makes one for every few workgroups."""
 
-    def __init__(self, machine: Machine, waves: Waves) -> None:
-        self.machine = machine
+    def __init__(
+        self,
+        program: Program,
+        waves: Waves,
+        counters: Counters,
+        most_steps: int = MOST_STEPS,
+    ) -> None:
+        self.program = program
+        self.decoded: DecodedProgram = decode(program)
         self.waves = waves
+        self.counters = counters
+        self.most_steps = most_steps
         self.position = np.zeros(waves.total, int64)
         self.running = np.ones(waves.total, bool)
         self.waiting = np.zeros(waves.total, bool)
@@ -175,12 +183,10 @@ class _Run:
 
     def _advance(self, place: int) -> None:
         """Run the chosen waves until they part, end, wait, or may meet others."""
-        machine, waves = self.machine, self.waves
-        decoded, counters = machine._decoded, machine.counters
+        waves, counters, decoded = self.waves, self.counters, self.decoded
         steps, controls, joins = decoded.steps, decoded.controls, decoded.joins
         executed, count = counters.executed, waves.count
         together = count == waves.total
-        most_steps = machine._most_steps
         try:
             while True:
                 executed[place] += count
@@ -196,7 +202,7 @@ class _Run:
                 if not isinstance(control, Branch):
                     self._stop(control, place)
                     return
-                if counters.steps > most_steps:
+                if counters.steps > self.most_steps:
                     raise NoProgress(
                         f"no end after {counters.steps} steps: a loop that does not end, or that "
                         "waits for a workgroup that has not started yet"
@@ -230,7 +236,7 @@ class _Run:
 
     def _located(self, error: EmulatorError, place: int) -> EmulatorError:
         """The same error, saying which instruction it was and who ran it."""
-        instruction = self.machine.program.instructions[place]
+        instruction = self.program.instructions[place]
         workgroups = np.unique(self.waves.workgroup[self.waves.chosen])
         source = f", source line {instruction.source_line}" if instruction.source_line else ""
         many = f" to {workgroups[-1]}" if len(workgroups) > 1 else ""

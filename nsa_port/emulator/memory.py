@@ -129,7 +129,8 @@ class GlobalMemory:
         return (
             f"out of bounds: {what} of {size} bytes at {address:#x} by lane {lane} "
             f"({int(wrong.sum())} lanes in all); the nearest buffer is {near.name!r}, "
-            f"{near.size} bytes at {near.address:#x}, so that the offset is {address - near.address}"
+            f"{near.size} bytes at {near.address:#x}, so that the offset is "
+            f"{address - near.address}"
         )
 
 

@@ -1,8 +1,8 @@
 """Finding data races: workgroups of one launch that exchange data through plain memory accesses.
 
 Workgroups run in no given order, so that a load of what another one stores, or two stores to one
-place, has no defined result. Atomics are exempt. Races between the waves of one workgroup (a missing
-barrier) are not looked for.
+place, has no defined result. Atomics are exempt. Races between the waves of one workgroup (a
+missing barrier) are not looked for.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from nsa_port.emulator.number_formats import Array
 from nsa_port.emulator.races import RaceDetector
 
 GARBAGE = 0x7FC0DEAD
-"""What registers and LDS hold before they are written: a NaN as float32, bfloat16 pair or float16."""
+"""What registers and LDS hold before they are written: a NaN as float32, and in its upper half."""
 SCALAR_REGISTERS = 128
 
 
@@ -29,8 +29,8 @@ class Waves:
 
     vector: uint32 [register, wave, lane]; scalar: uint32 [register, wave]; carry: bool [wave], the
     SCC bit; active: bool [wave, lane], the EXEC mask spelled out. `chosen` are the waves that the
-    current step is for (a slice, or their numbers), `count` how many, and `all_active` says that all
-    their lanes are active.
+    current step is for (a slice, or their numbers), `count` how many, and `all_active` says that
+    all their lanes are active.
     """
 
     def __init__(

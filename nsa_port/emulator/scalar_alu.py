@@ -168,25 +168,21 @@ LOGIC: Mapping[str, Callable[[Array, Array], Array]] = {
     "nor": lambda a, b: ~(a | b),
     "xnor": lambda a, b: ~(a ^ b),
 }
+_INTEGER_ORDER = {"eq": "eq", "lg": "ne", "gt": "gt", "ge": "ge", "lt": "lt", "le": "le"}
 _COMPARISONS: Mapping[str, ScalarOperation] = {
-    name: operation
-    for kind, names in (
-        ("i32", ("eq", "lg", "gt", "ge", "lt", "le")),
-        ("u32", ("eq", "lg", "gt", "ge", "lt", "le")),
-        ("u64", ("eq", "lg")),
-        ("f32", ("eq", "lg", "gt", "ge", "lt", "le", "o", "u", "neq", "nlt", "nle", "ngt", "nge")),
-    )
-    for predicate in names
-    for name, operation in define(
-        f"carry <- {kind} {kind}",
-        **{
-            f"cmp_{predicate}_{kind}": _comparison(
-                FLOAT_PREDICATES[predicate]
-                if kind == "f32"
-                else PREDICATES["ne" if predicate == "lg" else predicate]
-            )
-        },
-    ).items()
+    **{
+        f"cmp_{name}_{kind}": ScalarOperation(
+            None, (kind, kind), _comparison(PREDICATES[predicate]), "own"
+        )
+        for kind in ("i32", "u32", "u64")
+        for name, predicate in _INTEGER_ORDER.items()
+        if kind != "u64" or name in ("eq", "lg")
+    },
+    **{
+        f"cmp_{name}_f32": ScalarOperation(None, ("f32", "f32"), _comparison(predicate), "own")
+        for name, predicate in FLOAT_PREDICATES.items()
+        if name not in ("t", "tru", "f", "ne")
+    },
 }
 _IMMEDIATE_COMPARISONS: Mapping[str, ScalarOperation] = {
     name.replace("cmp_", "cmpk_"): ScalarOperation(
@@ -197,7 +193,7 @@ _IMMEDIATE_COMPARISONS: Mapping[str, ScalarOperation] = {
     if kind in ("i32", "u32")
 }
 _FLOATS = (
-    *("add_f32", "sub_f32", "mul_f32", "fmac_f32", "fmaak_f32", "fmamk_f32"),
+    *("add_f32", "sub_f32", "mul_f32", "fmaak_f32", "fmamk_f32"),
     *("min_f32", "max_f32", "min_num_f32", "max_num_f32", "minimum_f32", "maximum_f32"),
     *("ceil_f32", "floor_f32", "trunc_f32", "rndne_f32"),
     *("cvt_f32_i32", "cvt_f32_u32", "cvt_i32_f32", "cvt_u32_f32", "cvt_pk_rtz_f16_f32"),
@@ -205,12 +201,11 @@ _FLOATS = (
 
 OPERATIONS: Mapping[str, ScalarOperation] = {
     **{
-        name: operation
+        f"{logic}_b{width}": ScalarOperation(
+            f"u{width}", (f"u{width}", f"u{width}"), function, "nonzero"
+        )
         for width in ("32", "64")
         for logic, function in LOGIC.items()
-        for name, operation in define(
-            f"u{width} <- u{width} u{width}", "nonzero", **{f"{logic}_b{width}": function}
-        ).items()
     },
     **define("u32 <- u32", mov_b32=lambda a: a, brev_b32=bits.reverse_bits),
     **define("u64 <- u64", mov_b64=lambda a: a),
@@ -347,11 +342,7 @@ OPERATIONS: Mapping[str, ScalarOperation] = {
     **_COMPARISONS,
     **_IMMEDIATE_COMPARISONS,
     **{
-        name: ScalarOperation(
-            operation.result,
-            operation.sources,
-            operation.function,
-        )
+        name: ScalarOperation(operation.result, operation.sources, operation.function)
         for name, operation in VECTOR_OPERATIONS.items()
         if name in _FLOATS and not operation.accumulates
     },
@@ -398,12 +389,11 @@ def _read_kind(operand: Operand, kind: str) -> Reader:
     if kind in ("s16", "u16"):
         assert isinstance(operand.value, int)
         immediate = np.array([operand.value & 0xFFFF], uint16)
-        value = immediate.astype(uint32) if kind == "u16" else immediate.view(int16).astype(int32)
+        wide = immediate.astype(uint32) if kind == "u16" else immediate.view(int16).astype(int32)
+        value: Array = wide
         return lambda waves: value
-    if KINDS[kind].registers == 2:
-        read = read_wide_scalar(operand)
-    else:
-        read = read_scalar(operand)
+    pair = KINDS[kind].registers == 2
+    read = read_wide_scalar(operand) if pair else read_scalar(operand)
     dtype = KINDS[kind].dtype
 
     def read_typed(waves: Waves) -> Array:

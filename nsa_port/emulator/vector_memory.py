@@ -1,4 +1,4 @@
-"""Vector loads and stores: global, flat, buffer and scratch memory, and loads straight into the LDS.
+"""Vector loads and stores: global, flat, buffer and scratch memory, and loads into the LDS.
 
 Two things make an instruction: where its lanes access (a `Locate`), and what they access (an
 `Access`). Every position that a `Locate` gives has been checked.
@@ -35,7 +35,7 @@ from nsa_port.emulator.operations import Compile
 from nsa_port.emulator.registers import Reader, Step, Waves
 
 SCRATCH_MARK = 0x5C5C
-"""Upper half of the address in the descriptor of the scratch memory (gfx90a), as `machine` sets it."""
+"""Upper half of the address in the descriptor of scratch memory (gfx90a), as `machine` sets it."""
 
 LOADS: Mapping[str, Access] = {
     "dword": access(32),
