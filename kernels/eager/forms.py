@@ -1,14 +1,25 @@
-"""Which of the two forms of the PyTorch kernels a call takes."""
+"""Which form of the PyTorch kernels a call takes."""
 
 from __future__ import annotations
+
+from enum import Enum
 
 FEW_QUERIES = 16
 
 
-def takes_block_major(device_type: str, num_queries: int) -> bool:
-    """Whether to read the chosen blocks on the host and work through them one key block at a time.
+class Form(Enum):
+    """How the branches are computed."""
 
-    Only a CPU lets the host look at data for nothing. For a few queries, as in decoding, gathering
-    their blocks takes fewer operations than looping over blocks.
+    STATIC = "no data-dependent shapes, no waiting for the device"
+    BLOCK_MAJOR = "one key block at a time, with all the queries that chose it"
+    FEW = "one query at a time"
+
+
+def choose(device_type: str, num_queries: int) -> Form:
+    """The form for `num_queries` queries of each batch entry.
+
+    Only a CPU lets the host look at data for nothing; of any other device nothing is assumed.
     """
-    return device_type == "cpu" and num_queries > FEW_QUERIES
+    if device_type != "cpu":
+        return Form.STATIC
+    return Form.FEW if num_queries <= FEW_QUERIES else Form.BLOCK_MAJOR

@@ -341,7 +341,7 @@ def _key_gradients(
     layout: Layout,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """`dk, dv` of attention over listed blocks: one partial sum per segment, then an ordered sum."""
+    """`dk, dv`: one partial sum per segment, then an ordered sum over a block's segments."""
     B, T, H, Dk = q.shape
     S, HK, Dv = k.shape[1], k.shape[2], v.shape[3]
     G, size, n, device = H // HK, listed.block_size, listed.blocks.shape[-1], q.device

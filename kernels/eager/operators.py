@@ -8,8 +8,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from nsa_port.kernels.eager import block_major, forms, static
-from nsa_port.kernels.eager.pointwise import add_gated
+from nsa_port.kernels.eager import block_major, few, forms, static
+from nsa_port.kernels.eager.pointwise import add_gated, combine
 from nsa_port.kernels.eager.rows import accumulation_dtype, delta_of
 from nsa_port.kernels.geometry import Layout, NSAConfig
 
@@ -150,23 +150,26 @@ def nsa_attention(
     needs_grad: bool,
 ) -> Whole:
     """Eq. 5. A branch's output lives on only if the backward pass needs it."""
-    form, where = _form(q), (config, layout, scale)
-    kept: list[Tensor] = []
-
-    def keep(output: Tensor) -> None:
-        kept.append(output if needs_grad else q.new_empty(0))
-
-    output, lse_cmp, indices = form.compressed_attention_and_blocks(q, k_cmp, v_cmp, *where)
-    total = add_gated(None, output, gates, 0)
-    keep(output)
-    output, lse_slc = form.selected_attention(q, k_slc, v_slc, indices, *where)
-    add_gated(total, output, gates, 1)
-    keep(output)
-    output, lse_win = form.window_attention(q, k_win, v_win, *where)
-    add_gated(total, output, gates, 2)
-    keep(output)
+    where = (config, layout, scale)
+    if forms.choose(q.device.type, q.shape[1]) is forms.Form.FEW:
+        keys = (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)
+        (o_cmp, o_slc, o_win), lses, indices = few.branches(q, *keys, *where)
+        out = combine(o_cmp, o_slc, o_win, gates)
+        if not needs_grad:
+            o_cmp, o_slc, o_win = (q.new_empty(0) for _ in range(3))
+        return Whole(out, o_cmp, o_slc, o_win, torch.stack(lses), indices)
+    form = _form(q)
+    o_cmp, lse_cmp, indices = form.compressed_attention_and_blocks(q, k_cmp, v_cmp, *where)
+    total = add_gated(None, o_cmp, gates, 0)
+    o_cmp = o_cmp if needs_grad else q.new_empty(0)
+    o_slc, lse_slc = form.selected_attention(q, k_slc, v_slc, indices, *where)
+    add_gated(total, o_slc, gates, 1)
+    o_slc = o_slc if needs_grad else q.new_empty(0)
+    o_win, lse_win = form.window_attention(q, k_win, v_win, *where)
+    add_gated(total, o_win, gates, 2)
+    o_win = o_win if needs_grad else q.new_empty(0)
     lse = torch.stack((lse_cmp, lse_slc, lse_win))
-    return Whole(total.to(q.dtype), *kept, lse, indices)
+    return Whole(total.to(q.dtype), o_cmp, o_slc, o_win, lse, indices)
 
 
 def nsa_attention_backward(
@@ -217,7 +220,8 @@ def nsa_attention_backward(
 
 
 def _form(q: Tensor) -> ModuleType:
-    return block_major if forms.takes_block_major(q.device.type, q.shape[1]) else static
+    form = forms.choose(q.device.type, q.shape[1])
+    return block_major if form is forms.Form.BLOCK_MAJOR else static
 
 
 def _start_backward(

@@ -111,20 +111,25 @@ def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def delta_of(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, dtype: torch.dtype) -> Tensor:
-    """`sum(dO * O) - d lse`, what the softmax's backward subtracts from every `dO . v`. `[B, T, H]`."""
+    """`sum(dO * O) - dlse [B, T, H]`: what the softmax's backward subtracts from `dO . v`."""
     delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1)
     return delta if grad_lse is None else delta - grad_lse.to(dtype)
 
 
 def heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`[B, N, HK, D]` to contiguous `[B * HK, N, D]` in `dtype`."""
-    return x.transpose(1, 2).to(dtype).contiguous().flatten(0, 1)
+    """`[B, N, HK, D]` to `[B * HK, N, D]` in `dtype`; a view where that is possible."""
+    return x.transpose(1, 2).to(dtype).flatten(0, 1)
 
 
 def heads_last(x: Tensor, like: Tensor) -> Tensor:
     """The inverse of `heads_first`: contiguous, with the shape and dtype of `like`."""
     B, N, HK, D = like.shape
     return x.view(B, HK, N, D).transpose(1, 2).to(like.dtype).contiguous()
+
+
+def zeros_of(x: Tensor) -> Tensor:
+    """Contiguous zeros like `x`, whatever its strides."""
+    return x.new_zeros(x.shape)
 
 
 def group_rows(x: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:

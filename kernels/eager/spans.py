@@ -37,7 +37,7 @@ class Span(NamedTuple):
     blocks: slice
 
     def take(self, x: Tensor) -> Tensor:
-        """Its part `[t, G, ...]` of `x [B, T, H, ...]`: a view where rows lie together, else a copy."""
+        """Its part `[t, G, ...]` of `x [B, T, H, ...]`: a view where it can be, else a copy."""
         return self._rows(x[self.batch, :, self.columns])
 
     def take_shared(self, x: Tensor) -> Tensor:

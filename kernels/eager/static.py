@@ -25,6 +25,7 @@ from nsa_port.kernels.eager.rows import (
     position_limit,
     query_rows,
     ungroup_rows,
+    zeros_of,
 )
 from nsa_port.kernels.eager.selection import block_scores, choose_blocks
 from nsa_port.kernels.eager.softmax import attend, attend_backward
@@ -84,7 +85,7 @@ def compressed_gradients(
         return k.new_zeros(k.shape), v.new_zeros(v.shape)
     rows = query_rows(layout, config, B, T, q.device)
     inputs = _Compressed.of(q, k, v, grad_out, layout)
-    dk, dv = torch.zeros_like(inputs.k), torch.zeros_like(inputs.v)
+    dk, dv = zeros_of(inputs.k), zeros_of(inputs.v)
     for a, b in chunks(T, 2 * B * H * C, element_budget(q.device)):
         limit = _block_limit(config, layout, T, b, C)
         if limit == 0:
@@ -148,11 +149,13 @@ def window_attention(
     HK = k.shape[2]
     out, lse = empty_results(q, v)
     dtype = accumulation_dtype(q.dtype)
-    kh, vh = heads_first(k, dtype), heads_first(v, dtype)
+    before = max(0, layout.num_keys - T - config.window_size + 1)  # keys that no window reaches
+    kh, vh = (heads_first(x[:, before:], dtype) for x in (k, v))
     for a, b, low, high in _bands(config, layout, B * H, T, q.device):
-        logits = group_rows(q[:, a:b], HK, dtype) @ kh[:, low:high].transpose(1, 2)
+        band = slice(low - before, high - before)
+        logits = group_rows(q[:, a:b], HK, dtype) @ kh[:, band].transpose(1, 2)
         visible = _visible_band(config, layout, T, a, b, low, high, H // HK, q.device)
-        part, part_lse = attend(logits.mul_(scale), visible, vh[:, low:high])
+        part, part_lse = attend(logits.mul_(scale), visible, vh[:, band])
         out[:, a:b] = ungroup_rows(part, B, HK, H // HK)
         lse[:, a:b] = ungroup_rows(part_lse, B, HK, H // HK).squeeze(-1)
     return out, lse
@@ -176,7 +179,7 @@ def window_gradients(
     B, T, H, _ = q.shape
     HK, dtype = k.shape[2], dq.dtype
     kh, vh = heads_first(k, dtype), heads_first(v, dtype)
-    dk, dv = torch.zeros_like(kh), torch.zeros_like(vh)
+    dk, dv = zeros_of(kh), zeros_of(vh)
     for a, b, low, high in _bands(config, layout, 2 * B * H, T, q.device):
         q_rows = group_rows(q[:, a:b], HK, dtype)
         part = attend_backward(

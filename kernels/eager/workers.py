@@ -6,8 +6,9 @@ more time at barriers than in arithmetic, and far more where another process wan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 
@@ -23,8 +24,9 @@ def run(tasks: Sequence[Callable[[], None]], work: int) -> None:
     threads = torch.get_num_threads()
     workers = min(threads, len(tasks))
     if workers < 2 or work < _LEAST_WORK:
-        for task in tasks:
-            task()
+        with sized_for(work):
+            for task in tasks:
+                task()
         return
     inference = torch.is_inference_mode_enabled()
 
@@ -40,4 +42,18 @@ def run(tasks: Sequence[Callable[[], None]], work: int) -> None:
                 future.result()
     finally:
         # A thread's own number is also what threads started later begin with.
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def sized_for(work: int) -> Iterator[None]:
+    """Keep to one thread where `work` is too little for a team of them, as in decoding."""
+    threads = torch.get_num_threads()
+    if threads == 1 or work >= _LEAST_WORK:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
         torch.set_num_threads(threads)
