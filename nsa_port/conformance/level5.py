@@ -61,7 +61,7 @@ def _rows_of(given: Inputs, rows: Tensor) -> Inputs:
 
 
 def _long_decode(context: Context) -> None:
-    S = {True: 4096, False: 65536}[context.slow] if context.device.type == "cpu" else 1048576
+    S = {True: 4096, False: 65536}[context.slow] if context.device.type == "cpu" else 262144
     context.note(f"S={S}")
     hold.forward(context, inputs(context, Shape(T=1, S=S, B=2, H=4, HK=1, cfg=PAPER)))
 

@@ -251,9 +251,15 @@ def _row(runs: Rows, dtypes: Sequence[str]) -> str:
     return (
         f'<div class="row" role="row"><div class="name" role="rowheader" '
         f'title="{text("A failure means: " + first["shows"])}">{text(first["title"])}'
-        f"<small>{text(first['case'])}</small></div>{cells}"
+        f"<small>{text(first['case'])}</small>{_notes(runs)}</div>{cells}"
         f'<div class="plot" role="cell">{_bar(runs)}</div></div>'
     )
+
+
+def _notes(runs: Rows, most: int = 3) -> str:
+    """What the runs remarked on themselves, e.g. the lengths tried."""
+    notes = list(dict.fromkeys(note for run in runs for note in run["notes"]))
+    return "".join(f"<small>{text(note)}</small>" for note in notes[:most])
 
 
 def _cell(run: Mapping[str, Any], more: str = "") -> str:
