@@ -72,7 +72,7 @@ def scale_for_division(value: Array, divisor: Array, dividend: Array) -> tuple[A
         ((dividend == 0) | (divisor == 0), np.full_like(value, np.nan), False),
         (exponent_gap >= 96, np.where(is_divisor, up, value), True),
         ((exponent_field(divisor) == 0) & (divisor != 0), up, False),
-        (small_inverse & small_quotient, np.where(is_divisor, up, value), True),
+        (small_inverse & small_quotient, np.where(is_divisor, down, value), True),
         (small_inverse, down, False),
         (small_quotient, np.where(is_dividend, up, value), True),
         (exponent_field(dividend) <= 23, up, False),
@@ -87,7 +87,9 @@ def fix_quotient(quotient: Array, divisor: Array, dividend: Array) -> Array:
     """v_div_fixup_f32: the sign, and the special cases, of a division."""
     negative = np.signbit(divisor) ^ np.signbit(dividend)
     sign = np.where(negative, float32(-1), float32(1))
-    result = np.abs(quotient)
+    result = np.where(np.isnan(quotient), float32(np.inf), np.abs(quotient))  # it overflowed
+    vanishes = exponent_field(dividend) - exponent_field(divisor) < -150
+    result = np.where(vanishes, float32(0), result)
     result = np.where(np.isinf(divisor) | (dividend == 0), float32(0), result)
     result = np.where((divisor == 0) | np.isinf(dividend), float32(np.inf), result)
     undefined = ((dividend == 0) & (divisor == 0)) | (np.isinf(dividend) & np.isinf(divisor))
