@@ -73,8 +73,8 @@ def _attend_slice(
     """Fill `out [H, Dv]`, `lse [H]` from keys `first .. stop`; return `p [HK, G, N]`, if any."""
     if stop <= first:
         return None
-    x = torch.bmm(q, k[first:stop].to(q.dtype).permute(1, 2, 0))
-    return _finish(x, v[first:stop].to(q.dtype).transpose(0, 1), out, lse)
+    keys, values = (x.narrow(0, first, stop - first).to(q.dtype) for x in (k, v))
+    return _finish(torch.bmm(q, keys.permute(1, 2, 0)), values.transpose(0, 1), out, lse)
 
 
 def _finish(x: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Tensor:
@@ -112,16 +112,15 @@ def _attend_blocks(
     lse: Tensor,
 ) -> None:
     """Fill `out [H, Dv]`, `lse [H]` from the chosen blocks' tokens up to the query."""
-    HK = k.shape[1]
-    token = (chosen[..., None] * config.select_block_size).add(
-        torch.arange(config.select_block_size)
-    )
-    token = token.flatten(1)
-    later = token > position
-    source = token.clamp_(max=position).mul_(HK).add_(torch.arange(HK)[:, None]).flatten()
+    HK, m = k.shape[1], config.select_block_size
+    token = (chosen[..., None] * m + torch.arange(m)).view(HK, -1)
+    source = token.clamp(max=position).mul_(HK).add_(torch.arange(HK)[:, None]).view(-1)
     k_rows, v_rows = (
         x.reshape(-1, x.shape[2]).index_select(0, source).to(q.dtype).view(HK, -1, x.shape[2])
         for x in (k, v)
     )
-    x = torch.bmm(q, k_rows.transpose(1, 2)).masked_fill_(later[:, None], -torch.inf)
+    x = torch.bmm(q, k_rows.transpose(1, 2))
+    if (position + 1) % m:  # the last block chosen may reach past the query
+        later = token[:, None, -m:] > position
+        x[..., -m:].masked_fill_(later, -torch.inf)
     _finish(x, v_rows, out, lse)
