@@ -47,12 +47,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from nsa_port.kernels.geometry import NSAConfig
+from nsa_port.kernels.results import WholeForward
+
+__all__ = [
+    "OPERATORS",
+    "PARTS",
+    "Backend",
+    "Environment",
+    "Problem",
+    "Reason",
+    "TritonInfo",
+    "WholeForward",
+]
 
 PARTS = (
     "compressed_attention",
@@ -167,21 +178,6 @@ class Problem:
     def __str__(self) -> str:
         shapes = ", ".join(f"{name} {list(shape)}" for name, shape in self.shapes)
         return f"{self.operator}({shapes}; {str(self.dtype).removeprefix('torch.')})"
-
-
-class WholeForward(NamedTuple):
-    """What `nsa_attention` computes; without `needs_grad` the branch outputs are empty tensors.
-
-    Shapes: `out`, `o_cmp`, `o_slc`, `o_win` `[B, T, H, Dv]`; `lse` `[3, B, T, H]`;
-    `indices` int32 `[B, T, HK, n]`.
-    """
-
-    out: Tensor
-    o_cmp: Tensor
-    o_slc: Tensor
-    o_win: Tensor
-    lse: Tensor
-    indices: Tensor
 
 
 class Backend(Protocol):

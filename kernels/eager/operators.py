@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,32 +11,7 @@ from nsa_port.kernels.eager import block_major, few, forms, static
 from nsa_port.kernels.eager.pointwise import add_gated, combine
 from nsa_port.kernels.eager.rows import accumulation_dtype, delta_of
 from nsa_port.kernels.geometry import Layout, NSAConfig
-
-
-class Whole(NamedTuple):
-    """What `nsa_attention` computes: the fields of `nsa_port.backends.interface.WholeForward`."""
-
-    out: Tensor
-    o_cmp: Tensor
-    o_slc: Tensor
-    o_win: Tensor
-    lse: Tensor
-    indices: Tensor
-
-
-class Saved(Protocol):
-    """What `nsa_attention_backward` reads of a `Whole`."""
-
-    @property
-    def o_cmp(self) -> Tensor: ...
-    @property
-    def o_slc(self) -> Tensor: ...
-    @property
-    def o_win(self) -> Tensor: ...
-    @property
-    def lse(self) -> Tensor: ...
-    @property
-    def indices(self) -> Tensor: ...
+from nsa_port.kernels.results import WholeForward
 
 
 def compressed_attention(
@@ -148,7 +122,7 @@ def nsa_attention(
     layout: Layout,
     scale: float,
     needs_grad: bool,
-) -> Whole:
+) -> WholeForward:
     """Eq. 5. A branch's output lives on only if the backward pass needs it."""
     where = (config, layout, scale)
     if forms.choose(q.device.type, q.shape[1]) is forms.Form.FEW:
@@ -157,7 +131,7 @@ def nsa_attention(
         out = combine(o_cmp, o_slc, o_win, gates)
         if not needs_grad:
             o_cmp, o_slc, o_win = (q.new_empty(0) for _ in range(3))
-        return Whole(out, o_cmp, o_slc, o_win, torch.stack(lses), indices)
+        return WholeForward(out, o_cmp, o_slc, o_win, torch.stack(lses), indices)
     form = _form(q)
     o_cmp, lse_cmp, indices = form.compressed_attention_and_blocks(q, k_cmp, v_cmp, *where)
     total = add_gated(None, o_cmp, gates, 0)
@@ -169,7 +143,7 @@ def nsa_attention(
     add_gated(total, o_win, gates, 2)
     o_win = o_win if needs_grad else q.new_empty(0)
     lse = torch.stack((lse_cmp, lse_slc, lse_win))
-    return Whole(total.to(q.dtype), o_cmp, o_slc, o_win, lse, indices)
+    return WholeForward(total.to(q.dtype), o_cmp, o_slc, o_win, lse, indices)
 
 
 def nsa_attention_backward(
@@ -182,7 +156,7 @@ def nsa_attention_backward(
     k_win: Tensor,
     v_win: Tensor,
     gates: Tensor,
-    saved: Saved,
+    saved: WholeForward,
     config: NSAConfig,
     layout: Layout,
     scale: float,
