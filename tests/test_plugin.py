@@ -34,9 +34,7 @@ def plugged_in(tmp_path: Path) -> dict[str, str]:
     metadata = tmp_path / "vendor_nsa-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: vendor-nsa\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text(
-        "[nsa_port.backends]\nvendor = vendor_nsa:BACKEND\n"
-    )
+    (metadata / "entry_points.txt").write_text("[nsa_port.backends]\nvendor = vendor_nsa:BACKEND\n")
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
@@ -54,10 +52,10 @@ def test_a_plugged_in_backend_is_listed(plugged_in: dict[str, str]) -> None:
     assert names == ["cuda", "rocm", "vendor", "torch"]
 
 
-def test_the_suite_runs_on_a_plugged_in_backend(
-    plugged_in: dict[str, str], tmp_path: Path
-) -> None:
+def test_the_suite_runs_on_a_plugged_in_backend(plugged_in: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "report"
-    printed = run(plugged_in, "conformance", "--backend", "vendor", "--level", "0", "--out", out)
+    printed = run(
+        plugged_in, "conformance", "--backend", "vendor", "--level", "0", "--out", str(out)
+    )
     assert "vendor" in printed
     assert list(out.glob("*.json"))
