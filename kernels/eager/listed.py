@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nsa_port.kernels.eager.products import operand_dtype, product
 from nsa_port.kernels.eager.rows import (
     QueryRows,
-    accumulation_dtype,
     chunks,
     element_budget,
     empty_results,
@@ -163,7 +163,7 @@ def _gather(
 ) -> _Tile:
     """`q [B, c, HK, G, Dk]`, `k, v [B, c, HK, N, D]`, `visible [B, c, HK, 1, N]`."""
     B, S, HK, _ = k.shape
-    dtype = accumulation_dtype(q.dtype)
+    dtype = operand_dtype(q)
     blocks, rows = listed.blocks[:, a:b], listed.rows.slice(a, b)
     position = rows.position[:, :, None, None]
     offset = torch.arange(listed.block_size, device=q.device)
@@ -177,7 +177,7 @@ def _gather(
     k_rows = k.reshape(B * S * HK, -1).index_select(0, flat).to(dtype).view(*key.shape, -1)
     v_rows = v.reshape(B * S * HK, -1).index_select(0, flat).to(dtype).view(*key.shape, -1)
     q_rows = q[:, a:b].unflatten(2, (HK, -1)).to(dtype)
-    logits = (q_rows @ k_rows.transpose(-1, -2)).mul_(scale)
+    logits = product(q_rows, k_rows.transpose(-1, -2)).mul_(scale)
     return _Tile(q_rows, k_rows, v_rows, visible.unsqueeze(3), logits)
 
 
@@ -211,13 +211,13 @@ def _query_gradients(
             tile.logits,
             tile.visible,
             tile.v,
-            grad_out[:, a:b].unflatten(2, (HK, -1)).to(dq.dtype),
+            grad_out[:, a:b].unflatten(2, (HK, -1)).to(tile.v.dtype),
             lse[:, a:b].unflatten(2, (HK, -1)).unsqueeze(-1),
             delta[:, a:b].unflatten(2, (HK, -1)).unsqueeze(-1),
             scale,
         )
         empty = (lse[:, a:b] == -torch.inf).unsqueeze(-1)
-        dq[:, a:b] += (dlogits @ tile.k).flatten(2, 3).masked_fill_(empty, 0)
+        dq[:, a:b] += product(dlogits, tile.k).flatten(2, 3).masked_fill_(empty, 0)
 
 
 class _BlockTable(NamedTuple):
@@ -355,14 +355,14 @@ def _key_gradients(
     pairs = (block * HK + head).masked_fill_(listed.blocks < 0, num_blocks)
     cut = _cut_into_segments(pairs.clamp_(0, num_blocks), num_blocks, T)
 
-    dtype = lse.dtype
+    dtype = operand_dtype(q)
     q_rows, grad_rows = q.reshape(-1, G, Dk), grad_out.reshape(-1, G, Dv)
     k_rows, v_rows = k.reshape(-1, Dk), v.reshape(-1, Dv)
     lse_rows, delta_rows = lse.reshape(-1, G, 1), delta.reshape(-1, G, 1)
     position, lowest = listed.rows.position.flatten(), listed.lowest.flatten()
     count = cut.first.shape[0]
-    dk = torch.zeros(count, size, Dk, dtype=dtype, device=device)
-    dv = torch.zeros(count, size, Dv, dtype=dtype, device=device)
+    dk = torch.zeros(count, size, Dk, dtype=lse.dtype, device=device)
+    dv = torch.zeros(count, size, Dv, dtype=lse.dtype, device=device)
     offset = torch.arange(size, device=device)
     slot = torch.arange(cut.length, device=device)
     per_segment = cut.length * G * (2 * size + Dk + Dv)
@@ -389,7 +389,7 @@ def _key_gradients(
         k_part = k_rows.index_select(0, flat_key).to(dtype).view(b - a, size, Dk)
         v_part = v_rows.index_select(0, flat_key).to(dtype).view(b - a, size, Dv)
         p, dlogits = probabilities(
-            (q_part @ k_part.transpose(1, 2)).mul_(scale),
+            product(q_part, k_part.transpose(1, 2)).mul_(scale),
             visible,
             v_part,
             grad_part,
@@ -397,8 +397,8 @@ def _key_gradients(
             delta_rows.index_select(0, flat_row).view(shape),
             scale,
         )
-        dk[a:b] = dlogits.transpose(1, 2) @ q_part
-        dv[a:b] = p.transpose(1, 2) @ grad_part
+        dk[a:b] = product(dlogits.transpose(1, 2), q_part)
+        dv[a:b] = product(p.transpose(1, 2), grad_part)
     block_head = table.of_key[..., None] * HK + torch.arange(HK, device=device)  # [B, S, HK]
     key_offset = torch.arange(B * S, device=device).view(B, S)
     key_offset = (key_offset - table.first_row[table.of_key]).clamp(0, size - 1)[..., None]

@@ -96,7 +96,7 @@ def chunks(total: int, elements_per_row: int, budget: int) -> Iterator[tuple[int
 
 def element_budget(device: torch.device) -> int:
     """How many logits to hold at once: they should stay in a CPU's cache, or fill a GPU."""
-    return 1 << 20 if device.type == "cpu" else 1 << 26
+    return 1 << 20 if device.type == "cpu" else 1 << 27
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -127,9 +127,9 @@ def heads_last(x: Tensor, like: Tensor) -> Tensor:
     return x.view(B, HK, N, D).transpose(1, 2).to(like.dtype).contiguous()
 
 
-def zeros_of(x: Tensor) -> Tensor:
-    """Contiguous zeros like `x`, whatever its strides."""
-    return x.new_zeros(x.shape)
+def zeros_of(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous zeros of the shape of `x`, whatever its strides."""
+    return x.new_zeros(x.shape, dtype=dtype)
 
 
 def group_rows(x: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:

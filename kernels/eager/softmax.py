@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nsa_port.kernels.eager.products import product
+
 
 def attend(logits: Tensor, visible: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax over the visible logits, then their sum of `v`; rows that see nothing give 0, -inf.
 
     Args:
-        logits: `[..., R, N]`, overwritten.
+        logits: `[..., R, N]`, float32 or float64, overwritten.
         visible: bool, broadcasts to `logits`.
         v: `[..., N, Dv]`.
 
@@ -22,7 +24,7 @@ def attend(logits: Tensor, visible: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     empty = highest == -torch.inf
     p = logits.sub_(highest.masked_fill_(empty, 0)).exp_()
     total = p.sum(-1, keepdim=True)
-    out = (p @ v).div_(total).masked_fill_(empty, 0)
+    out = product(p, v).div_(total).masked_fill_(empty, 0)
     return out, total.log_().add_(highest)
 
 
@@ -48,8 +50,9 @@ def attend_backward(
     p, dlogits = probabilities(logits, visible, v, grad_out, lse, delta, scale)
     # A padded row may hold anything, and 0 * NaN is NaN.
     empty = lse == -torch.inf
-    dk = dlogits.transpose(-1, -2) @ q.masked_fill(empty, 0)
-    return dlogits @ k, dk, p.transpose(-1, -2) @ grad_out.masked_fill(empty, 0)
+    dk = product(dlogits.transpose(-1, -2), q.masked_fill(empty, 0))
+    dv = product(p.transpose(-1, -2), grad_out.masked_fill(empty, 0))
+    return product(dlogits, k), dk, dv
 
 
 def probabilities(
@@ -63,5 +66,5 @@ def probabilities(
 ) -> tuple[Tensor, Tensor]:
     """`p` and the gradient of `q . k` (with the scale in it), 0 where nothing is visible."""
     p = logits.sub_(lse).masked_fill_(~visible, -torch.inf).exp_()
-    dlogits = (grad_out @ v.transpose(-1, -2)).sub_(delta).mul_(p).mul_(scale)
+    dlogits = product(grad_out, v.transpose(-1, -2)).sub_(delta).mul_(p).mul_(scale)
     return p, dlogits.masked_fill_(~visible, 0)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nsa_port.kernels.eager import listed
+from nsa_port.kernels.eager.products import operand_dtype, product
 from nsa_port.kernels.eager.rows import (
     QueryRows,
     accumulation_dtype,
@@ -85,7 +86,7 @@ def compressed_gradients(
         return k.new_zeros(k.shape), v.new_zeros(v.shape)
     rows = query_rows(layout, config, B, T, q.device)
     inputs = _Compressed.of(q, k, v, grad_out, layout)
-    dk, dv = zeros_of(inputs.k), zeros_of(inputs.v)
+    dk, dv = (zeros_of(x, dq.dtype) for x in (inputs.k, inputs.v))
     for a, b in chunks(T, 2 * B * H * C, element_budget(q.device)):
         limit = _block_limit(config, layout, T, b, C)
         if limit == 0:
@@ -119,7 +120,7 @@ def select_blocks(
         return indices
     rows = query_rows(layout, config, B, T, q.device)
     inputs = _Compressed.of(q, k_cmp, None, None, layout)
-    dtype = inputs.k.dtype
+    dtype = accumulation_dtype(q.dtype)
     for a, b in chunks(T, B * H * max(C, 1), element_budget(q.device)):
         own = rows.slice(a, b)
         limit = _block_limit(config, layout, T, b, C)
@@ -148,12 +149,12 @@ def window_attention(
     B, T, H, _ = q.shape
     HK = k.shape[2]
     out, lse = empty_results(q, v)
-    dtype = accumulation_dtype(q.dtype)
+    dtype = operand_dtype(q)
     before = max(0, layout.num_keys - T - config.window_size + 1)  # keys that no window reaches
     kh, vh = (heads_first(x[:, before:], dtype) for x in (k, v))
     for a, b, low, high in _bands(config, layout, B * H, T, q.device):
         band = slice(low - before, high - before)
-        logits = group_rows(q[:, a:b], HK, dtype) @ kh[:, band].transpose(1, 2)
+        logits = product(group_rows(q[:, a:b], HK, dtype), kh[:, band].transpose(1, 2))
         visible = _visible_band(config, layout, T, a, b, low, high, H // HK, q.device)
         part, part_lse = attend(logits.mul_(scale), visible, vh[:, band])
         out[:, a:b] = ungroup_rows(part, B, HK, H // HK)
@@ -177,13 +178,13 @@ def window_gradients(
     if layout.packed or layout.positions is not None:
         return listed.window_gradients(grad_out, delta, q, k, v, lse, dq, config, layout, scale)
     B, T, H, _ = q.shape
-    HK, dtype = k.shape[2], dq.dtype
+    HK, dtype = k.shape[2], operand_dtype(q)
     kh, vh = heads_first(k, dtype), heads_first(v, dtype)
-    dk, dv = zeros_of(kh), zeros_of(vh)
+    dk, dv = (zeros_of(x, dq.dtype) for x in (kh, vh))
     for a, b, low, high in _bands(config, layout, 2 * B * H, T, q.device):
         q_rows = group_rows(q[:, a:b], HK, dtype)
         part = attend_backward(
-            (q_rows @ kh[:, low:high].transpose(1, 2)).mul_(scale),
+            product(q_rows, kh[:, low:high].transpose(1, 2)).mul_(scale),
             _visible_band(config, layout, T, a, b, low, high, H // HK, q.device),
             q_rows,
             kh[:, low:high],
@@ -211,6 +212,7 @@ class _Compressed(NamedTuple):
     k: Tensor
     v: Tensor
     grad_out: Tensor
+    kv_heads: int
     query_poison: Tensor | None
     key_poison: Tensor | None
 
@@ -218,28 +220,29 @@ class _Compressed(NamedTuple):
     def of(
         cls, q: Tensor, k: Tensor, v: Tensor | None, grad_out: Tensor | None, layout: Layout
     ) -> _Compressed:
-        dtype = accumulation_dtype(q.dtype)
+        dtype, kv_heads = operand_dtype(q), k.shape[2]
         kh = heads_first(k, dtype)
         vh = kh if v is None else heads_first(v, dtype)
         grad_out = q if grad_out is None else grad_out
         if not layout.packed:
-            return cls(q, kh, vh, grad_out, None, None)
+            return cls(q, kh, vh, grad_out, kv_heads, None, None)
+        dtype = accumulation_dtype(q.dtype)
         query_poison = _poison(q, dtype) + _poison(grad_out, dtype)
         key_poison = _poison(kh, dtype) + _poison(vh, dtype)
         q, kh, vh, grad_out = (
             tensor.masked_fill(~tensor.isfinite(), 0) for tensor in (q, kh, vh, grad_out)
         )
-        return cls(q, kh, vh, grad_out, query_poison, key_poison)
+        return cls(q, kh, vh, grad_out, kv_heads, query_poison, key_poison)
 
     def rows(self, x: Tensor, a: int, b: int) -> Tensor:
-        return group_rows(x[:, a:b], self.k.shape[0] // x.shape[0], self.k.dtype)
+        return group_rows(x[:, a:b], self.kv_heads, self.k.dtype)
 
     def logits(self, a: int, b: int, limit: int, scale: float) -> Tensor:
         """`scale * q . k` of queries a to b and the first blocks. `[B * HK, c * G, limit]`."""
-        logits = self.rows(self.q, a, b) @ self.k[:, :limit].transpose(1, 2)
+        logits = product(self.rows(self.q, a, b), self.k[:, :limit].transpose(1, 2))
         logits.mul_(scale)
         if self.query_poison is not None and self.key_poison is not None:
-            logits += self.rows(self.query_poison.unsqueeze(-1), a, b)
+            logits += group_values(self.query_poison[:, a:b], self.kv_heads)
             logits += self.key_poison[:, None, :limit]
         return logits
 
