@@ -118,5 +118,5 @@ def test_a_program_has_labels_lines_descriptor_and_arguments() -> None:
 
 
 def test_an_unknown_architecture_is_refused_with_the_list() -> None:
-    with pytest.raises(ValueError, match="gfx803.*gfx90a, gfx942"):
+    with pytest.raises(ValueError, match=r"gfx803.*gfx90a, gfx942"):
         program("gfx803", "s_nop 0")

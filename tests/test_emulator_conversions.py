@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from nsa_port.emulator import conversions
-from nsa_port.emulator.conversions import float8_format
 from nsa_port.emulator.architectures import ARCHITECTURES
+from nsa_port.emulator.conversions import float8_format
 from nsa_port.emulator.number_formats import float8_values
 
 from .emulator_programs import execute, lanes_of, same
@@ -24,8 +25,10 @@ FLOAT8 = {
     ("gfx1201", "bf8"): torch.float8_e5m2,
 }
 FLOATS = np.array(
-    [0, -0.0, 0.5, 1.5, 2.5, -2.5, 3.49, 255.0, 65504.0, 65520.0, 1e-8, 6e-8, 1e10, -1e10, 4e9, 3e38]
-    + [math.inf, -math.inf, math.nan],
+    [
+        *(0, -0.0, 0.5, 1.5, 2.5, -2.5, 3.49, 255.0, 65504.0, 65520.0, 1e-8, 6e-8),
+        *(1e10, -1e10, 4e9, 3e38, math.inf, -math.inf, math.nan),
+    ],
     np.float32,
 )
 
@@ -61,7 +64,9 @@ def test_float32_to_integers() -> None:
     values = floats()
     lines = ("cvt_i32_f32", "cvt_u32_f32", "cvt_flr_i32_f32", "cvt_rpi_i32_f32")
     result = execute(
-        "gfx942", "\n".join(f"v_{name} v{n + 2}, v0" for n, name in enumerate(lines)), vectors={0: values}
+        "gfx942",
+        "\n".join(f"v_{name} v{n + 2}, v0" for n, name in enumerate(lines)),
+        vectors={0: values},
     )
     i32 = (-(2**31), 2**31 - 1)
     same(result.vector(2), cut(np.trunc(values), *i32))
@@ -181,7 +186,9 @@ def test_every_8_bit_float_has_its_value(architecture: str, form: str) -> None:
 def test_8_bit_floats_both_ways(architecture: str, form: str) -> None:
     dtype, lanes = FLOAT8[architecture, form], lanes_of(architecture)
     largest = torch.finfo(dtype).max
-    values = np.clip(np.random.default_rng(2).standard_normal(lanes) * largest / 3, -largest, largest)
+    values = np.clip(
+        np.random.default_rng(2).standard_normal(lanes) * largest / 3, -largest, largest
+    )
     values[:6] = [0.0, 1.0, -1.0, largest, -largest, largest / 2**15]
     values = values.astype(np.float32)
     result = execute(
@@ -200,7 +207,13 @@ def test_8_bit_floats_both_ways(architecture: str, form: str) -> None:
     one, other = (c.view(torch.uint8).numpy().astype(np.uint32) for c in (code, minus))
     same(result.vector(2), one | other << 8 | other << 16 | one << 24)
     rounded = code.float().numpy()
-    for register, expected in ((4, rounded), (5, -rounded), (6, -rounded), (7, rounded), (8, rounded)):
+    for register, expected in (
+        (4, rounded),
+        (5, -rounded),
+        (6, -rounded),
+        (7, rounded),
+        (8, rounded),
+    ):
         same(result.vector(register, np.float32), expected)
 
 
@@ -211,11 +224,11 @@ def test_scaled_8_bit_floats(form: str, kind: str) -> None:
     values = np.random.default_rng(3).standard_normal(64).astype(np.float32)
     scale = np.float32(4.0)
     if kind == "f32":
-        source, read, vectors = "v[0:1]", "v0, v1", {0: values, 1: values}
+        read, vectors = "v0, v1", {0: values, 1: values}
     else:
         narrow = torch_of(values).to(torch.float16 if kind == "f16" else torch.bfloat16)
         values = narrow.float().numpy()
-        source = read = "v0"
+        read = "v0"
         vectors = {0: packed(halves(narrow), halves(narrow)), 1: values}
     result = execute(
         "gfx950",
@@ -238,7 +251,7 @@ def test_scaled_8_bit_floats(form: str, kind: str) -> None:
 
 
 def test_every_conversion_is_tested() -> None:
-    text = open(__file__).read()
+    text = Path(__file__).read_text()
     missing = [
         name
         for name in conversions.OPERATIONS

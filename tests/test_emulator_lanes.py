@@ -43,9 +43,7 @@ def test_dpp_controls_in_which_every_lane_has_a_source(control: str, source: np.
         ("wave_shl:1", np.where(LANE < 63, LANE + 1, -1)),
     ],
 )
-def test_dpp_without_a_source_gives_0_or_leaves_the_lane(
-    control: str, source: np.ndarray
-) -> None:
+def test_dpp_without_a_source_gives_0_or_leaves_the_lane(control: str, source: np.ndarray) -> None:
     result = execute(
         "gfx942",
         f"v_mov_b32_dpp v1, v0 {control} row_mask:0xf bank_mask:0xf bound_ctrl:0\n"
@@ -186,7 +184,8 @@ def test_swizzles(pattern: str, source: np.ndarray) -> None:
 def test_pulling_and_pushing_by_address() -> None:
     result = execute(
         "gfx942",
-        "ds_bpermute_b32 v2, v1, v0\nds_permute_b32 v3, v1, v0\nds_bpermute_b32 v4, v1, v0 offset:4",
+        "ds_bpermute_b32 v2, v1, v0\nds_permute_b32 v3, v1, v0\n"
+        "ds_bpermute_b32 v4, v1, v0 offset:4",
         vectors={0: ids(), 1: ((LANE * 7 + 3) % 64 * 4).astype(np.uint32)},
     )
     same(result.vector(2), (LANE * 7 + 3) % 64 + 100)

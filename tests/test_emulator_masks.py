@@ -34,7 +34,7 @@ FLOAT_ORDERS: dict[str, Callable[[float, float], bool]] = {
     "nlg": lambda a, b: not (a < b or a > b),
     "ngt": lambda a, b: not a > b,
     "nle": lambda a, b: not a <= b,
-    "neq": lambda a, b: not a == b,
+    "neq": lambda a, b: a != b,
     "nlt": lambda a, b: not a < b,
 }
 
@@ -50,9 +50,13 @@ def test_float_comparisons(name: str, kind: str) -> None:
         sides = [side.view(np.uint16).astype(np.uint32) for side in sides]
     registers = "v[0:1], v[2:3]" if kind == "f64" else "v0, v2"
     result = execute(
-        "gfx942", f"v_cmp_{name}_{kind} vcc, {registers}", vectors=dict(zip((0, 2), sides))
+        "gfx942",
+        f"v_cmp_{name}_{kind} vcc, {registers}",
+        vectors={0: sides[0], 2: sides[1]},
     )
-    expected = [FLOAT_ORDERS[name](a, b) for a, b in zip(left.tolist(), right.tolist())]
+    expected = [
+        FLOAT_ORDERS[name](a, b) for a, b in zip(left.tolist(), right.tolist(), strict=True)
+    ]
     same(result.lanes(), np.array(expected))
 
 
@@ -61,7 +65,10 @@ def test_float_comparisons(name: str, kind: str) -> None:
 def test_integer_comparisons(name: str, kind: str) -> None:
     bits = int(kind[1:])
     values = [0, 1, 2 ** (bits - 1) - 1, 2 ** (bits - 1), 2**bits - 1, 5, 6, 7]
-    left, right = (grid.reshape(-1) for grid in np.meshgrid(np.array(values, np.uint64), np.array(values, np.uint64)))
+    left, right = (
+        grid.reshape(-1)
+        for grid in np.meshgrid(np.array(values, np.uint64), np.array(values, np.uint64))
+    )
     dtype = np.dtype(f"{kind[0]}{bits // 8}")
     unsigned = np.dtype(f"u{bits // 8}")
     sides = [side.astype(unsigned) for side in (left, right)]
@@ -70,9 +77,12 @@ def test_integer_comparisons(name: str, kind: str) -> None:
         sides = [side.astype(np.uint32) | np.uint32(0x55550000) for side in sides]
     registers = "v[0:1], v[2:3]" if bits == 64 else "v0, v2"
     result = execute(
-        "gfx942", f"v_cmp_{name}_{kind} s[8:9], {registers}", vectors=dict(zip((0, 2), sides))
+        "gfx942",
+        f"v_cmp_{name}_{kind} s[8:9], {registers}",
+        vectors={0: sides[0], 2: sides[1]},
     )
-    same(result.lanes(8), np.array([ORDERS[name](a, b) for a, b in zip(*numbers)]))
+    expected = [ORDERS[name](a, b) for a, b in zip(*numbers, strict=True)]
+    same(result.lanes(8), np.array(expected))
 
 
 @pytest.mark.parametrize("architecture", ["gfx942", "gfx1100"])
@@ -166,7 +176,7 @@ def test_wide_multiply_add() -> None:
         "v_mad_u64_u32 v[4:5], s[8:9], v0, v1, v[2:3]\nv_mad_i64_i32 v[6:7], s[10:11], v0, v1, 5",
         vectors={0: a, 1: b, 2: c},
     )
-    exact = [int(x) * int(y) + int(z) for x, y, z in zip(a, b, c)]
+    exact = [int(x) * int(y) + int(z) for x, y, z in zip(a, b, c, strict=True)]
     assert result.wide_vector(4).tolist() == [value % 2**64 for value in exact]
     same(result.lanes(8), np.array([value >= 2**64 for value in exact]))
     signed = a.view(np.int32).astype(np.int64) * b.view(np.int32).astype(np.int64) + 5

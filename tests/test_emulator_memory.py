@@ -321,11 +321,13 @@ def test_transposed_lds_reads(form: str, dtype: type) -> None:
         "gfx950", f"ds_read_b64_tr_{form} v[2:3], v0", vectors={0: offsets(8)}, lds=rows.reshape(-1)
     )
     per_lane = 8 // size
-    found = result.wide_vector(2).view(dtype).reshape(64, per_lane)
-    tiles = rows.reshape(4, 16, 8).view(dtype)  # [group, row, column]
+    found: np.ndarray = result.wide_vector(2).view(dtype).reshape(64, per_lane)
+    tiles: np.ndarray = rows.reshape(4, 16, 8).view(dtype)  # [group, row, column]
     for lane in range(64):
         tile, place = tiles[lane // 16], lane % 16
-        expected = [tile[place // per_lane + 16 // per_lane * n, place % per_lane] for n in range(per_lane)]
+        expected = [
+            tile[place // per_lane + 16 // per_lane * n, place % per_lane] for n in range(per_lane)
+        ]
         assert found[lane].tolist() == expected
 
 

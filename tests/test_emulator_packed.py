@@ -119,7 +119,9 @@ def test_dots_of_two(kind: str) -> None:
     a, b = operands(kind, 2)
     vectors = {0: registers(a, kind), 1: registers(b, kind), 2: np.float32(10), 3: np.float32(3)}
     result = execute(
-        "gfx950", f"v_dot2_f32_{kind} v4, v0, v1, v2\nv_dot2c_f32_{kind} v3, v0, v1", vectors=vectors
+        "gfx950",
+        f"v_dot2_f32_{kind} v4, v0, v1, v2\nv_dot2c_f32_{kind} v3, v0, v1",
+        vectors=vectors,
     )
     same(result.vector(4, np.float32), (a * b).sum(1) + 10)
     same(result.vector(3, np.float32), (a * b).sum(1) + 3)
@@ -130,7 +132,8 @@ def test_any_function_of_three_bits(table: int) -> None:
     a, b, c = np.random.default_rng(1).integers(0, 2**32, (3, 64), np.uint32)
     result = execute(
         "gfx950",
-        f"v_bitop3_b32 v3, v0, v1, v2 bitop3:{table:#x}\nv_bitop3_b16 v4, v0, v1, v2 bitop3:{table}",
+        f"v_bitop3_b32 v3, v0, v1, v2 bitop3:{table:#x}\n"
+        f"v_bitop3_b16 v4, v0, v1, v2 bitop3:{table}",
         vectors={0: a, 1: b, 2: c, 4: np.uint32(0)},
     )
     expected = np.zeros(64, np.uint32)

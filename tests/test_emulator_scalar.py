@@ -81,6 +81,10 @@ def logic(name: str, bits: int) -> Callable[[int, int], tuple[int, bool]]:
     return lambda a, b: nonzero(functions[other.get(name, name)](a, b), bits)
 
 
+def shift_and_add(shift: int) -> Callable[[int, int], tuple[int, bool]]:
+    return lambda a, b: ((a << shift) + b & M32, (a << shift) + b > M32)
+
+
 ORDERS: dict[str, Callable[[int, int], bool]] = {
     "eq": lambda a, b: a == b,
     "lg": lambda a, b: a != b,
@@ -107,10 +111,7 @@ TWO_SOURCES: dict[str, Callable[[int, int], object]] = {
     "add_co_i32": lambda a, b: (a + b & M32, not fits(signed(a) + signed(b))),
     "sub_i32": lambda a, b: (a - b & M32, not fits(signed(a) - signed(b))),
     "sub_co_i32": lambda a, b: (a - b & M32, not fits(signed(a) - signed(b))),
-    **{
-        f"lshl{n}_add_u32": lambda a, b, n=n: ((a << n) + b & M32, (a << n) + b > M32)
-        for n in (1, 2, 3, 4)
-    },
+    **{f"lshl{n}_add_u32": shift_and_add(n) for n in (1, 2, 3, 4)},
     "min_u32": lambda a, b: (min(a, b), a < b),
     "max_u32": lambda a, b: (max(a, b), a > b),
     "min_i32": lambda a, b: (min(signed(a), signed(b)) & M32, signed(a) < signed(b)),
@@ -233,7 +234,9 @@ def test_the_carry_is_read(carry: bool) -> None:
         assert run(f"s_{name} s8, s10, s12", 0, 0) == (-carry & M32, carry)
     assert run("s_cselect_b32 s8, s10, s12", 3, 4) == (3 if carry else 4, carry)
     assert run("s_cmov_b32 s8, s10", 3, 4, c=5) == (3 if carry else 5, carry)
-    wide = execute("gfx942", "s_cselect_b64 s[8:9], s[10:11], 7", scalars={10: 1, 11: 2}, carry=carry)
+    wide = execute(
+        "gfx942", "s_cselect_b64 s[8:9], s[10:11], 7", scalars={10: 1, 11: 2}, carry=carry
+    )
     assert wide.wide_scalar(8) == (2**33 + 1 if carry else 7)
 
 

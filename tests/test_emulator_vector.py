@@ -86,6 +86,12 @@ def median(a: Any, b: Any, c: Any) -> Any:
     return sorted((a, b, c))[1]
 
 
+def single(a: float) -> float:
+    """Rounded to float32."""
+    with np.errstate(over="ignore"):
+        return float(np.float32(a))
+
+
 def fma(a: float, b: float, c: float) -> float:
     """Exactly, but for the rounding to float64 at the end."""
     if all(map(math.isfinite, (a, b, c))) and (a * b or c):
@@ -255,8 +261,8 @@ FLOATS: dict[str, Callable[..., Any]] = {
     "fma_f16": fma,
     "fmac_f32": fma,
     "fmac_f16": fma,
-    "mad_f32": lambda a, b, c: float(np.float32(a * b)) + c,
-    "mac_f32": lambda a, b, c: float(np.float32(a * b)) + c,
+    "mad_f32": lambda a, b, c: single(a * b) + c,
+    "mac_f32": lambda a, b, c: single(a * b) + c,
     "fma_f64": lambda a, b, c: a * b + c,
     "fmac_f64": lambda a, b, c: a * b + c,
     **{f"max3{num}_f32": maximum for num in ("", "_num")},
@@ -301,7 +307,9 @@ def run_operation(name: str) -> tuple[np.ndarray, list[np.ndarray], str]:
         registers.pop()
     wide = KINDS[operation.result].registers == 2
     line = ", ".join([f"v_{name} {'v[2:3]' if wide else 'v2'}", *registers])
-    result = execute("gfx942", line, vectors=dict(zip(places, map(registered, values), strict=False)))
+    result = execute(
+        "gfx942", line, vectors=dict(zip(places, map(registered, values), strict=False))
+    )
     if wide:
         return result.wide_vector(2, KINDS[operation.result].dtype), values, operation.result
     found = result.vector(2)
@@ -420,11 +428,11 @@ def test_sdwa_takes_and_writes_parts() -> None:
     result = execute(
         "gfx90a",
         """
-        v_add_u32_sdwa v2, v0, v1 dst_sel:DWORD dst_unused:UNUSED_PAD src0_sel:BYTE_3 src1_sel:WORD_0
+        v_add_u32_sdwa v2, v0, v1 dst_sel:DWORD src0_sel:BYTE_3 src1_sel:WORD_0
         v_mov_b32_sdwa v3, sext(v0) dst_sel:DWORD src0_sel:BYTE_3
         v_mov_b32_sdwa v4, v1 dst_sel:WORD_1 dst_unused:UNUSED_PRESERVE src0_sel:DWORD
         v_mov_b32_sdwa v5, v1 dst_sel:BYTE_1 dst_unused:UNUSED_PAD src0_sel:DWORD
-        v_or_b32_sdwa v6, v0, v1 dst_sel:WORD_0 dst_unused:UNUSED_SEXT src0_sel:WORD_1 src1_sel:BYTE_0
+        v_or_b32_sdwa v6, v0, 3 dst_sel:WORD_0 dst_unused:UNUSED_SEXT src0_sel:WORD_1
         """,
         vectors={0: np.uint32(0xF0000001), 1: np.uint32(0x00020003), 4: np.uint32(0x11112222)},
     )
@@ -452,8 +460,13 @@ def test_dual_instructions_read_before_either_writes() -> None:
         v_dual_mov_b32 v6, 0 :: v_dual_fmac_f32 v7, v6, v6
         """,
         vectors={
-            **{0: np.uint32(1), 1: np.uint32(2), 2: np.float32(3), 3: np.float32(4)},
-            **{4: np.float32(5), 6: np.float32(2), 7: np.float32(1)},
+            0: np.uint32(1),
+            1: np.uint32(2),
+            2: np.float32(3),
+            3: np.float32(4),
+            4: np.float32(5),
+            6: np.float32(2),
+            7: np.float32(1),
         },
     )
     assert (result.vector(0)[0], result.vector(1)[0]) == (2, 1)

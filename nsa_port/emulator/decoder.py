@@ -61,7 +61,7 @@ _WHERE_TO_ADD = (
     (r"v_cmp", "PREDICATES", "comparisons.py"),
     (r"v_cvt", "OPERATIONS", "conversions.py"),
     (r"v_pk_", "OPERATIONS", "packed.py"),
-    (r"v_.*(permlane|readlane|writelane)|ds_.*(swizzle|permute)", "TABLE", "cross_lane.py"),
+    (r"v_.*(permlane|read\w*lane|writelane)|ds_.*(swizzle|permute)", "TABLE", "cross_lane.py"),
     (r"v_", "OPERATIONS", "vector_alu.py"),
     (r".*_atomic_|ds_(add|sub|min|max|and|or|xor|inc|dec|cmp|pk)", "ATOMICS", "atomics.py"),
     (r"ds_.*(write|store)", "WRITES", "local_data_share.py"),

@@ -108,7 +108,7 @@ class _Loader:
 
     def load_binary(
         self, name: str, kernel: bytes, shared: int, device: int
-    ) -> tuple[int | None, Program, int, int, int]:
+    ) -> tuple[int, Program, int, int, int]:
         if not self._text:
             raise EmulatorError(f"Triton kept no assembly of the kernel {name}")
         program, self._text = Program.parse(self._text), ""
@@ -116,9 +116,7 @@ class _Loader:
 
 
 class _Launcher:
-    """What Triton calls to launch a kernel."""
-
-    session: Session
+    """What Triton calls to launch a kernel; it outlives the session that it was loaded in."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
         self._signature = tuple(source.signature.values())
@@ -144,7 +142,8 @@ class _Launcher:
             enter_hook(launch_metadata)
         shape = LaunchShape(grid, self._metadata.num_warps, self._metadata.shared)
         values = list(_flatten(self._signature, arguments))
-        run_program(self.session, self._metadata.name, program, shape, values)
+        session = _active[-1][0].session
+        run_program(session, self._metadata.name, program, shape, values)
         if exit_hook is not None:
             exit_hook(launch_metadata)
 
@@ -214,7 +213,7 @@ class EmulatedDriver(DriverBase):  # type: ignore[misc]
     def __init__(self, session: Session) -> None:
         self.session = session
         self.utils = _Loader(session)
-        self.launcher_cls = type("Launcher", (_Launcher,), {"session": session})
+        self.launcher_cls = _Launcher
 
     @classmethod
     def is_active(cls) -> bool:

@@ -389,15 +389,14 @@ def _read_kind(operand: Operand, kind: str) -> Reader:
     if kind in ("s16", "u16"):
         assert isinstance(operand.value, int)
         immediate = np.array([operand.value & 0xFFFF], uint16)
-        wide = immediate.astype(uint32) if kind == "u16" else immediate.view(int16).astype(int32)
-        value: Array = wide
-        return lambda waves: value
+        signed, unsigned = immediate.view(int16).astype(int32), immediate.astype(uint32)
+        return lambda waves: signed if kind == "s16" else unsigned
     pair = KINDS[kind].registers == 2
     read = read_wide_scalar(operand) if pair else read_scalar(operand)
     dtype = KINDS[kind].dtype
 
     def read_typed(waves: Waves) -> Array:
-        value = read(waves).view(dtype)
+        value: Array = read(waves).view(dtype)
         if operand.absolute:
             value = np.abs(value)
         return -value if operand.negate else value
