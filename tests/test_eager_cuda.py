@@ -1,10 +1,9 @@
-"""The PyTorch kernels on a CUDA (or ROCm) device: right, deterministic, and never waiting for it."""
+"""The PyTorch kernels on a CUDA or ROCm device: right, deterministic, never waiting for it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,11 +31,11 @@ def no_waiting() -> Iterator[None]:
 
 
 def on_device(layout: Layout) -> Layout:
-    moved = {
-        name: None if (x := getattr(layout, name)) is None else x.cuda()
-        for name in ("cu_seqlens", "cu_seqlens_k", "positions")
-    }
-    return replace(layout, **moved)
+    cu_q, cu_k, positions = (
+        None if x is None else x.cuda()
+        for x in (layout.cu_seqlens, layout.cu_seqlens_k, layout.positions)
+    )
+    return Layout(layout.num_keys, cu_q, cu_k, positions)
 
 
 def run(case: Case, tensors: list[Tensor], grad: Tensor) -> tuple[Any, tuple[Tensor, ...]]:
