@@ -274,6 +274,11 @@ def test_bits_are_set_and_cleared() -> None:
         ("s_max_num_f32 s8, s10, |s12|", 2.0),
         ("s_cvt_f32_i32 s8, 7", 7.0),
         ("s_floor_f32 s8, s10", 1.0),
+        ("v_s_rcp_f32 s8, s12", -0.5),
+        ("v_s_exp_f32 s8, -s12", 4.0),
+        ("v_s_log_f32 s8, |s12|", 1.0),
+        ("v_s_sqrt_f32 s8, 4.0", 2.0),
+        ("v_s_rsq_f32 s8, 4.0", 0.5),
     ],
 )
 def test_scalar_floats_of_rdna4(line: str, expected: float) -> None:

@@ -56,7 +56,7 @@ _UNDERSTAND_SDWA = (
 _WHERE_TO_ADD = (
     (r"s_(buffer_)?load_", "WORDS or NARROW", "scalar_memory.py"),
     (r"s_c?branch|s_barrier", "BRANCHES or BARRIERS", "control_flow.py"),
-    (r"s_", "OPERATIONS", "scalar_alu.py"),
+    (r"s_|v_s_", "OPERATIONS", "scalar_alu.py"),
     (r"v_(mfma|wmma)", "INPUT_BYTES", "matrix.py"),
     (r"v_cmp", "PREDICATES", "comparisons.py"),
     (r"v_cvt", "OPERATIONS", "conversions.py"),

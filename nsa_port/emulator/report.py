@@ -22,7 +22,7 @@ from nsa_port.emulator.control_flow import is_timing_only
 from nsa_port.emulator.errors import EmulatorError
 from nsa_port.emulator.matrix import shape_of
 
-_TRANSCENDENTAL = re.compile(r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_")
+_TRANSCENDENTAL = re.compile(r"v_(s_)?(exp|log|rcp|rsq|sqrt|sin|cos)_")
 _MEMORY = ("global_", "flat_", "buffer_", "scratch_")
 _INTEGERS = {"u8": "i8"}
 

@@ -198,6 +198,7 @@ _FLOATS = (
     *("ceil_f32", "floor_f32", "trunc_f32", "rndne_f32"),
     *("cvt_f32_i32", "cvt_f32_u32", "cvt_i32_f32", "cvt_u32_f32", "cvt_pk_rtz_f16_f32"),
 )
+_TRANSCENDENTAL = ("exp", "log", "rcp", "rsq", "sqrt")
 
 OPERATIONS: Mapping[str, ScalarOperation] = {
     **{
@@ -421,6 +422,14 @@ def compile_multiply_accumulate(instruction: Instruction, architecture: Architec
     return lambda waves: write(waves, operation.function(*(read(waves) for read in readers)))
 
 
+def compile_transcendental(instruction: Instruction, architecture: Architecture) -> Step:
+    """v_s_rcp_f32 and its like (gfx12): a vector unit's function of a scalar."""
+    destination, source = instruction.operands
+    function = VECTOR_OPERATIONS[instruction.name.removeprefix("v_s_")].function
+    read, write = _read_kind(source, "f32"), _write_kind(destination, "f32")
+    return lambda waves: write(waves, function(read(waves)))
+
+
 def compile_save_exec(instruction: Instruction, architecture: Architecture) -> Step:
     """s_and_saveexec_b64 and its like: keep EXEC in the destination, then combine it."""
     logic, _, width = instruction.name.removeprefix("s_").rpartition("_saveexec_b")
@@ -457,6 +466,7 @@ def compile_zero(instruction: Instruction, architecture: Architecture) -> Step:
 TABLE: Mapping[str, Compile] = {
     **{f"s_{name}": compile_operation for name in OPERATIONS},
     "s_fmac_f32": compile_multiply_accumulate,
+    **{f"v_s_{name}_f32": compile_transcendental for name in _TRANSCENDENTAL},
     **{
         f"s_{logic}_saveexec_b{width}": compile_save_exec
         for logic in LOGIC
