@@ -98,6 +98,14 @@ def tickets(counter, out):
 
 
 @triton.jit
+def grid_sizes(out):
+    place = tl.program_id(0) + tl.num_programs(0) * (
+        tl.program_id(1) + tl.num_programs(1) * tl.program_id(2)
+    )
+    tl.store(out + place, tl.num_programs(0) + 10 * tl.num_programs(1) + 100 * tl.num_programs(2))
+
+
+@triton.jit
 def scans(x, out, n, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     values = tl.load(x + i, mask=i < n, other=-1e9)

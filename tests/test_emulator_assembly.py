@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nsa_port.emulator.architectures import ARCHITECTURES
-from nsa_port.emulator.assembly import Operand, Program, parse_instruction, parse_operand
+from nsa_port.emulator.assembly import Argument, Operand, Program, parse_instruction, parse_operand
 
 from .emulator_programs import program
 
@@ -106,6 +106,9 @@ def test_a_program_has_labels_lines_descriptor_and_arguments() -> None:
               - .offset: 8
                 .size: 4
                 .value_kind: by_value
+              - .offset: 16
+                .size: 4
+                .value_kind: hidden_block_count_x
             .group_segment_fixed_size: 0
         """
     )
@@ -114,7 +117,12 @@ def test_a_program_has_labels_lines_descriptor_and_arguments() -> None:
     assert parsed.labels == {"kernel": 0, ".LBB0_1": 1}
     assert parsed.instructions[0].source_line == 12
     assert parsed.descriptor["user_sgpr_count"] == 6
-    assert [(argument.offset, argument.size) for argument in parsed.arguments] == [(0, 8), (8, 4)]
+    assert parsed.arguments == [
+        Argument(0, 8, "global_buffer"),
+        Argument(8, 4, "by_value"),
+        Argument(16, 4, "hidden_block_count_x"),
+    ]
+    assert parsed.name == "kernel"
 
 
 def test_an_unknown_architecture_is_refused_with_the_list() -> None:

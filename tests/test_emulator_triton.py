@@ -94,6 +94,12 @@ def test_integer_atomics_return_what_they_found(gpu: Session) -> None:
     assert counter.tolist() == [20, 19, 7]
 
 
+def test_a_kernel_knows_its_grid(gpu: Session) -> None:
+    out = torch.zeros(2 * 3 * 4, dtype=torch.int32)
+    kernels.grid_sizes[(2, 3, 4)](out)
+    assert (out == 432).all()
+
+
 def test_scans_sorts_and_integer_division(gpu: Session) -> None:
     n, block = 100, 128
     x = numbers(n)

@@ -122,10 +122,14 @@ class Instruction:
 
 @dataclass(frozen=True, slots=True)
 class Argument:
-    """Where one kernel argument lies in the argument buffer."""
+    """Where one kernel argument lies in the argument buffer.
+
+    kind: the metadata's `.value_kind`; what the runtime adds is called `hidden_*`.
+    """
 
     offset: int
     size: int
+    kind: str
 
 
 @dataclass(slots=True)
@@ -133,6 +137,7 @@ class Program:
     """A kernel's assembly, parsed; `Program.parse(text)` makes it."""
 
     architecture: Architecture
+    name: str = ""
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     descriptor: dict[str, int] = field(default_factory=dict)
@@ -146,7 +151,8 @@ class Program:
         target = re.search(r"\.amdgcn_target\s+\"[^\"]*?(gfx[0-9a-f]+)", text)
         if target is None:
             raise ValueError("the assembly names no .amdgcn_target")
-        program = Program(architecture_named(target.group(1)))
+        kernel = re.search(r"\.amdhsa_kernel\s+(\S+)", text)
+        program = Program(architecture_named(target.group(1)), kernel.group(1) if kernel else "")
         for key, value in re.findall(r"\.amdhsa_(\w+)\s+([^\s;]+)", text):
             if _INTEGER.match(value):
                 program.descriptor[key] = int(value, 0)
@@ -175,8 +181,10 @@ def _arguments(text: str) -> list[Argument]:
     start, end = text.find(".args:"), text.find(".group_segment_fixed_size:")
     listed = text[start:end] if 0 <= start < end else ""
     return [
-        Argument(int(offset), int(size))
-        for offset, size in re.findall(r"\.offset:\s*(\d+)\s+\.size:\s*(\d+)", listed)
+        Argument(int(offset), int(size), kind)
+        for offset, size, kind in re.findall(
+            r"\.offset:\s*(\d+)\s+\.size:\s*(\d+)\s+\.value_kind:\s*(\w+)", listed
+        )
     ]
 
 

@@ -171,9 +171,16 @@ def run_program(
     memory = GlobalMemory()
     storages: dict[int, tuple[int, NDArray]] = {}
     buffer = bytearray(program.descriptor.get("kernarg_size", 0))
-    for place, (type_, value) in zip(program.arguments, arguments, strict=False):
+    # Pointers that Triton adds (its own scratch memory) come after the kernel's and stay null.
+    places = [place for place in program.arguments if not place.kind.startswith("hidden_")]
+    for place, (type_, value) in zip(places, arguments, strict=False):
         packed = _pack(type_, value, memory, storages)
         buffer[place.offset : place.offset + len(packed)] = packed
+    hidden = hidden_arguments(shape, program.architecture.lanes)
+    for place in program.arguments:
+        packed = hidden.get(place.kind, 0).to_bytes(place.size, "little")
+        if place.kind.startswith("hidden_"):
+            buffer[place.offset : place.offset + place.size] = packed
     traffic = Traffic(program.architecture) if session.measure else None
     machine = Machine(program, memory, races=session.races, traffic=traffic)
     counters = machine.launch(shape, bytes(buffer))
@@ -185,6 +192,16 @@ def run_program(
     if session.keep:
         session.launches.append(launch)
     return launch
+
+
+def hidden_arguments(shape: LaunchShape, lanes: int) -> dict[str, int]:
+    """What the runtime tells a kernel about its launch, by the metadata's names; the rest is 0."""
+    sizes = (shape.waves * lanes, 1, 1)
+    return {
+        **{f"hidden_block_count_{x}": n for x, n in zip("xyz", shape.grid, strict=True)},
+        **{f"hidden_group_size_{x}": n for x, n in zip("xyz", sizes, strict=True)},
+        "hidden_grid_dims": 3,
+    }
 
 
 def _pack(

@@ -241,6 +241,6 @@ class Run:
         source = f", source line {instruction.source_line}" if instruction.source_line else ""
         many = f" to {workgroups[-1]}" if len(workgroups) > 1 else ""
         return type(error)(
-            f"{error}\n    in `{instruction.text}` (instruction {place}{source}), "
-            f"workgroup {workgroups[0]}{many}"
+            f"{error}\n    in `{instruction.text}` (instruction {place}{source}) of "
+            f"{self.program.name}, workgroup {workgroups[0]}{many}"
         )
