@@ -62,9 +62,9 @@ class Scale:
 
 _CPU = Scale(
     size=ModelSize(layers=2, hidden_size=128, num_heads=4, num_kv_heads=1, head_dim=32),
-    config=NSAConfig(32, 16, 32, 4, 1, 1, 64),
-    length=1024,
-    batch=2,
+    config=NSAConfig(16, 8, 16, 4, 1, 1, 32),
+    length=512,
+    batch=4,
     held_out=32,
     learning_rate=3e-3,
     seconds=110.0,
