@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nsa_port import reference
 from nsa_port.kernels import eager as kernels
-from nsa_port.kernels.eager import forms
+from nsa_port.kernels.eager import forms, workers
 from nsa_port.kernels.eager.forms import Form
 from nsa_port.kernels.geometry import Layout, NSAConfig
 from tests.eager_cases import (
@@ -392,3 +392,45 @@ def test_the_whole_keeps_branch_outputs_only_for_gradients() -> None:
     for branch in ("o_cmp", "o_slc", "o_win"):
         assert getattr(kept, branch).shape == x.grad.shape
         assert getattr(dropped, branch).numel() == 0
+
+
+@pytest.mark.parametrize("name", ["batch", "packed", "holes_per_batch_entry"])
+def test_threads_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = by_name[name]
+    alone = run_everything(case, as_dict(case))
+    before = torch.get_num_threads()
+    monkeypatch.setattr(workers, "_LEAST_WORK", 0)
+    torch.set_num_threads(2)
+    try:
+        shared = run_everything(case, as_dict(case))
+        with torch.inference_mode():
+            inferred = run_everything(case, as_dict(case))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(alone[key], shared[key]) for key in alone)
+    assert all(torch.equal(alone[key], inferred[key]) for key in alone)
+
+
+def test_an_error_in_a_worker_reaches_the_caller() -> None:
+    def fail() -> None:
+        raise ValueError("from a worker")
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ValueError, match="from a worker"):
+            workers.run([fail, fail], 1 << 40)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_only_a_cpu_takes_a_form_that_reads_data_on_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.undo()
+    for device in ("cuda", "hip", "mps", "xpu", "npu", "xla", "a device nobody knows"):
+        assert {forms.choose(device, T) for T in (0, 1, 10_000)} == {Form.STATIC}
+    assert forms.choose("cpu", 1) is Form.FEW
+    assert forms.choose("cpu", 10_000) is Form.BLOCK_MAJOR
