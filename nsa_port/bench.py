@@ -120,6 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--parts", action=argparse.BooleanOptionalAction, default=True, help="time each operator")
     add("--backward", action=argparse.BooleanOptionalAction, default=True)
     add("--memory", action=argparse.BooleanOptionalAction, default=True)
+    add("--rounds", type=int, help="how often each is timed; by default until it is worth no more")
     add("--json", metavar="FILE", help="write the results there")
     add("--plot", metavar="FILE", help="draw them there; needs matplotlib")
 
@@ -142,6 +143,7 @@ def main(args: argparse.Namespace) -> int:
         parts=args.parts,
         backward=args.backward,
         memory=args.memory,
+        rounds=args.rounds,
     )
     print(table(results))
     if args.json:
@@ -168,6 +170,7 @@ def run(
     parts: bool = True,
     backward: bool = True,
     memory: bool = True,
+    rounds: int | None = None,
 ) -> dict[str, Any]:
     """Time and memory of each operator and of the whole at each length, as plain data.
 
@@ -201,13 +204,13 @@ def run(
         )
         results["shape"] = {key: value for key, value in asdict(shape).items() if key != "length"}
         for group in _groups(shape, decode=decode, parts=parts, backward=backward):
-            rows = _measure_group(shape, group, peaks)
+            rows = _measure_group(shape, group, peaks, rounds)
             results["rows"] += rows
             results["ratios"] += _ratios(rows)
         if memory:
             for side in ("nsa", "dense"):
                 _progress(f"{length}: memory of {side}")
-                taken = _peak_memory(shape, side, backward)
+                taken = peak_memory(shape, side, backward)
                 results["memory"].append({"length": length, "name": side, "bytes": taken})
     _progress("")
     return results
@@ -484,9 +487,11 @@ def _decode(shape: Shape) -> Iterator[Measured]:
 
 
 def _measure_group(
-    shape: Shape, group: list[Measured], peaks: Peaks | None
+    shape: Shape, group: list[Measured], peaks: Peaks | None, rounds: int | None
 ) -> list[dict[str, Any]]:
     """Rounds over the whole group, so that what disturbs the machine disturbs all alike."""
+    given = rounds is not None
+    rounds = _rounds(shape, group[0].group) if rounds is None else rounds
     first: dict[str, Sample] = {}
     failures: dict[str, str] = {}
     for one in group:
@@ -495,17 +500,16 @@ def _measure_group(
             first[one.name] = _once(one.call, shape.device)
         except RuntimeError as error:  # e.g. a dense kernel that does not take the shape
             failures[one.name] = str(error).splitlines()[0]
-    rounds = _rounds(shape, group[0].group)
+    samples: dict[str, list[Sample]] = {name: [] for name in first}
     if sum(sample.seconds for sample in first.values()) > _LONG:
-        samples, rounds = {name: [sample] for name, sample in first.items()}, 0
-    else:
-        samples = {name: [] for name in first}
+        samples = {name: [sample] for name, sample in first.items()}
+        rounds = rounds - 1 if given else 0
     started = time.perf_counter()
     for _ in range(rounds):
         for one in group:
             if one.name in samples:
                 samples[one.name].append(_once(one.call, shape.device))
-        if time.perf_counter() - started > _SECONDS:
+        if not given and time.perf_counter() - started > _SECONDS:
             break
     rows = []
     for one in group:
@@ -592,7 +596,7 @@ def _peaks(device: str, dtype: str) -> Peaks:
     return Peaks(2.0 * n**3 / statistics.median(multiplied[2:]), bandwidth)
 
 
-def _peak_memory(shape: Shape, side: str, backward: bool) -> int:
+def peak_memory(shape: Shape, side: str, backward: bool) -> int:
     """Bytes that one pass needs over its inputs."""
     if torch.device(shape.device).type == "cuda":
         run_pass = _memory_pass(shape, side, backward)
@@ -603,7 +607,9 @@ def _peak_memory(shape: Shape, side: str, backward: bool) -> int:
         torch.cuda.reset_peak_memory_stats()
         run_pass()
         return torch.cuda.max_memory_allocated() - before
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        1, get_context("spawn"), torch.set_num_threads, (torch.get_num_threads(),)
+    ) as pool:
         return pool.submit(_peak_of_process, shape, side, backward).result()
 
 
