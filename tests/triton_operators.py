@@ -45,13 +45,27 @@ CASES_OF_OUR_OWN = [
     Case("many_blocks_literal", config=replace(MORE_BLOCKS, score_map="literal"), T=40, S=300),
     Case("many_blocks_packed", config=MORE_BLOCKS, lengths=((10, 150), (0, 0), (30, 200))),
 ]
+PAPER = NSAConfig()
+CASES_FOR_A_GPU = [
+    Case("paper", PAPER, T=700, S=700, H=16, HK=1, Dk=128, Dv=128, dtype=torch.bfloat16),
+    Case("paper_192", PAPER, T=400, S=900, H=32, HK=2, Dk=192, Dv=128, dtype=torch.bfloat16),
+    Case("paper_group_4", PAPER, T=1500, S=1500, H=8, HK=2, Dk=128, Dv=128, dtype=torch.float16),
+    Case("paper_decode", PAPER, B=3, T=1, S=1900, H=16, HK=1, Dk=128, Dv=128, dtype=torch.bfloat16),
+    Case("paper_64", PAPER, T=300, S=300, H=12, HK=1, Dk=64, Dv=64, dtype=torch.float16),
+    Case("paper_256", PAPER, T=200, S=300, H=4, HK=1, Dk=256, Dv=256, dtype=torch.bfloat16),
+    Case("paper_float32", PAPER, T=300, S=400, H=4, HK=1, Dk=128, Dv=128),
+    Case(
+        "paper_packed", PAPER, H=16, HK=1, Dk=128, Dv=128, dtype=torch.bfloat16,
+        lengths=((300, 300), (0, 0), (31, 31), (40, 500), (1, 1700), (130, 130)),
+    ),
+]  # fmt: skip
 
 
 def _every_case() -> list[Case]:
     """All cases on a GPU; the interpreter is slow, and wrong in bfloat16."""
     cases = [case for case in (*CASES, *CASES_OF_OUR_OWN) if case.dtype != torch.float64]
     if DEVICE == "cuda":
-        return cases
+        return [*cases, *CASES_FOR_A_GPU]
     cases = [case for case in cases if case.dtype != torch.bfloat16]
     dense = [case.positions is None and not case.packed for case in cases]
     return [

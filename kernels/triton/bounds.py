@@ -18,7 +18,8 @@ from nsa_port.kernels.triton.host import bits_of
 from nsa_port.kernels.triton.tiles import LARGEST, find_interval, tile_extent
 
 _BLOCK = 256
-_PARTS = 128
+_PART_QUERIES = 32
+_PARTS = 256
 
 
 class Kind(IntEnum):
@@ -201,32 +202,35 @@ def tile_of(tile_first, tile_stop, i_tile, SIZE: tl.constexpr, num_tokens):
     """The first token of a tile and the one past its last."""
     if tile_first is None:
         first = i_tile * SIZE
-        return first, tl.minimum(first + SIZE, num_tokens)
-    return tl.load(tile_first + i_tile), tl.load(tile_stop + i_tile)
+        stop = tl.minimum(first + SIZE, num_tokens)
+    else:
+        first = tl.load(tile_first + i_tile)
+        stop = tl.load(tile_stop + i_tile)
+    return first, stop
 
 
 def query_ranges(
-    bounds: QueryBounds,
-    num_rows: int,
-    keys: Tiles,
-    cu_queries: Tensor | None,
-    block_m: int,
-    block_n: int,
+    bounds: QueryBounds, num_rows: int, keys: Tiles, cu_queries: Tensor | None, block_n: int
 ) -> Tensor:
-    """For each tile of `block_n` key rows, the queries that see any of it.
+    """For each tile of `block_n` key rows, the queries that may see any of it.
 
-    int32 `[B or 1, tiles, 4]`: `start, full_start, full_stop, stop`. Queries outside
-    `start .. stop - 1` see nothing of the tile or belong to another sequence; queries
-    `full_start .. full_stop - 1` all see all of it.
+    int32 `[B or 1, tiles, 2]`: `start, stop`. Queries outside see nothing of the tile or belong to
+    another sequence.
     """
     batches, num_queries = bounds.lower.shape
-    parts = triton.cdiv(num_queries, block_m)
+    parts = triton.cdiv(num_queries, _PART_QUERIES)
     device = bounds.lower.device
-    extents = torch.empty((batches, 4, parts), dtype=torch.int32, device=device)
-    ranges = torch.empty((batches, keys.count, 4), dtype=torch.int32, device=device)
+    extents = torch.empty((batches, 2, parts), dtype=torch.int32, device=device)
+    ranges = torch.empty((batches, keys.count, 2), dtype=torch.int32, device=device)
     if parts:
         _extents_kernel[(batches * parts,)](
-            bounds.lower, bounds.upper, extents, num_queries, parts, BLOCK_M=block_m, num_warps=1
+            bounds.lower,
+            bounds.upper,
+            extents,
+            num_queries,
+            parts,
+            QUERIES=_PART_QUERIES,
+            num_warps=1,
         )
     if keys.count:
         _query_ranges_kernel[(batches * keys.count,)](
@@ -240,8 +244,8 @@ def query_ranges(
             num_rows,
             parts,
             keys.count,
-            BLOCK_M=block_m,
             BLOCK_N=block_n,
+            QUERIES=_PART_QUERIES,
             PARTS=_PARTS,
             num_warps=1,
         )
@@ -249,20 +253,18 @@ def query_ranges(
 
 
 @triton.jit(do_not_specialize=["T", "parts"])
-def _extents_kernel(lower, upper, extents, T, parts, BLOCK_M: tl.constexpr):
-    """One program: the extent of one part of `BLOCK_M` queries."""
+def _extents_kernel(lower, upper, extents, T, parts, QUERIES: tl.constexpr):
+    """One program: the key rows that some query of one part of the queries sees."""
     i_batch = (tl.program_id(0) // parts).to(tl.int64)
     i_part = tl.program_id(0) % parts
-    o_query = i_part * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_query = i_part * QUERIES + tl.arange(0, QUERIES)
     m_query = o_query < T
     b_lower = tl.load(lower + i_batch * T + o_query, mask=m_query, other=0)
     b_upper = tl.load(upper + i_batch * T + o_query, mask=m_query, other=0)
-    some_lower, some_upper, all_lower, all_upper = tile_extent(b_lower, b_upper, m_query)
-    p_out = extents + i_batch * 4 * parts + i_part
+    some_lower, some_upper, _, _ = tile_extent(b_lower, b_upper, m_query)
+    p_out = extents + i_batch * 2 * parts + i_part
     tl.store(p_out, some_lower)
     tl.store(p_out + parts, some_upper)
-    tl.store(p_out + 2 * parts, all_lower)
-    tl.store(p_out + 3 * parts, all_upper)
 
 
 @triton.jit(do_not_specialize=["T", "S", "parts", "tiles"])
@@ -277,57 +279,30 @@ def _query_ranges_kernel(
     S,
     parts,
     tiles,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    QUERIES: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """One program: one tile of key rows against all parts of the queries.
-
-    Where queries stand in any order, the parts that see all of the tile may lie apart; only the
-    first run of them is reported as full.
-    """
+    """One program: one tile of key rows against all parts of the queries."""
     i_batch = (tl.program_id(0) // tiles).to(tl.int64)
     i_tile = tl.program_id(0) % tiles
-    start, stop = tile_of(tile_first, tile_stop, i_tile, BLOCK_N, S)
-    p_extents = extents + i_batch * 4 * parts
-    some_first, some_stop, full_first = parts, 0, parts
+    first, last = tile_of(tile_first, tile_stop, i_tile, BLOCK_N, S)
+    p_extents = extents + i_batch * 2 * parts
+    start, stop = parts, 0
     for i_part in range(0, parts, PARTS):
         o_part = i_part + tl.arange(0, PARTS)
-        m_some, m_all = _see_tile(p_extents, o_part, parts, start, stop)
-        some_first = tl.minimum(some_first, tl.min(tl.where(m_some, o_part, parts), 0))
-        some_stop = tl.maximum(some_stop, tl.max(tl.where(m_some, o_part + 1, 0), 0))
-        full_first = tl.minimum(full_first, tl.min(tl.where(m_all, o_part, parts), 0))
-    some_first = tl.minimum(some_first, some_stop)
-    full_first = tl.minimum(full_first, some_stop)
-    full_stop = some_stop
-    for i_part in range(full_first // PARTS * PARTS, some_stop, PARTS):
-        o_part = i_part + tl.arange(0, PARTS)
-        m_some, m_all = _see_tile(p_extents, o_part, parts, start, stop)
-        m_break = (m_all == 0) & (o_part > full_first)
-        full_stop = tl.minimum(full_stop, tl.min(tl.where(m_break, o_part, parts), 0))
-    query_start, query_stop = 0, T
+        m_part = o_part < parts
+        b_lower = tl.load(p_extents + o_part, mask=m_part, other=LARGEST)
+        b_upper = tl.load(p_extents + parts + o_part, mask=m_part, other=0)
+        m_some = (b_lower < last) & (b_upper > first) & (first < last)
+        start = tl.minimum(start, tl.min(tl.where(m_some, o_part, parts), 0))
+        stop = tl.maximum(stop, tl.max(tl.where(m_some, o_part + 1, 0), 0))
+    start, stop = start * QUERIES, tl.minimum(stop * QUERIES, T)
     if cu_queries is not None:
         i_sequence = tl.load(tile_sequence + i_tile)
-        query_start = tl.maximum(tl.load(cu_queries + i_sequence), 0)
-        query_stop = tl.minimum(tl.load(cu_queries + i_sequence + 1), T)
-    query_start = tl.maximum(query_start, some_first * BLOCK_M)
-    query_stop = tl.maximum(tl.minimum(query_stop, some_stop * BLOCK_M), query_start)
-    full_start = tl.minimum(tl.maximum(full_first * BLOCK_M, query_start), query_stop)
-    full_stop = tl.maximum(tl.minimum(full_stop * BLOCK_M, query_stop), full_start)
-    p_out = ranges + (i_batch * tiles + i_tile) * 4
-    tl.store(p_out, query_start)
-    tl.store(p_out + 1, full_start)
-    tl.store(p_out + 2, full_stop)
-    tl.store(p_out + 3, query_stop)
-
-
-@triton.jit
-def _see_tile(p_extents, o_part, parts, start, stop):
-    """Which parts of the queries see some and which see all of the key rows `start .. stop - 1`."""
-    m_part = (o_part < parts) & (start < stop)
-    b_some_lower = tl.load(p_extents + o_part, mask=m_part, other=LARGEST)
-    b_some_upper = tl.load(p_extents + parts + o_part, mask=m_part, other=0)
-    b_all_lower = tl.load(p_extents + 2 * parts + o_part, mask=m_part, other=LARGEST)
-    b_all_upper = tl.load(p_extents + 3 * parts + o_part, mask=m_part, other=0)
-    m_some = (b_some_lower < stop) & (b_some_upper > start)
-    return m_some, (b_all_lower <= start) & (b_all_upper >= stop)
+        start = tl.maximum(start, tl.load(cu_queries + i_sequence))
+        stop = tl.minimum(stop, tl.load(cu_queries + i_sequence + 1))
+    start = tl.maximum(start, 0)
+    p_out = ranges + (i_batch * tiles + i_tile) * 2
+    tl.store(p_out, start)
+    tl.store(p_out + 1, tl.maximum(stop, start))

@@ -54,8 +54,9 @@ def compressed_attention_backward(
     with on_device_of(q):
         bounds = query_bounds(Kind.COMPRESSED, q.shape[1], k.shape[1], config, layout, q.device)
         cu_rows = layout.compressed_cu_seqlens(config) if layout.packed else None
-        cu = (layout.cu_seqlens, cu_rows)
-        return _interval_backward(grad_out, grad_lse, q, k, v, out, lse, bounds, cu, scale)
+        return _interval_backward(
+            grad_out, grad_lse, q, k, v, out, lse, bounds, cu_rows, layout, scale
+        )
 
 
 def window_attention_backward(
@@ -73,8 +74,10 @@ def window_attention_backward(
     """Gradients of `window_attention`. `dq, dk, dv`."""
     with on_device_of(q):
         bounds = query_bounds(Kind.WINDOW, q.shape[1], k.shape[1], config, layout, q.device)
-        cu = (layout.cu_seqlens, layout.cu_seqlens_k)
-        return _interval_backward(grad_out, grad_lse, q, k, v, out, lse, bounds, cu, scale)
+        cu_rows = layout.cu_seqlens_k
+        return _interval_backward(
+            grad_out, grad_lse, q, k, v, out, lse, bounds, cu_rows, layout, scale
+        )
 
 
 def _interval_backward(
@@ -86,10 +89,11 @@ def _interval_backward(
     out: Tensor,
     lse: Tensor,
     bounds: QueryBounds,
-    cu_seqlens: tuple[Tensor | None, Tensor | None],
+    cu_rows: Tensor | None,
+    layout: Layout,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`dq, dk, dv`, contiguous, in their inputs' dtypes; `cu_seqlens` of queries and of rows."""
+    """`dq, dk, dv`, contiguous, in the inputs' dtypes; `cu_rows` is the key rows' cu_seqlens."""
     B, T, H, Dk = q.shape
     S, HK, Dv = v.shape[1:]
     G = H // HK
@@ -103,7 +107,7 @@ def _interval_backward(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if dq.numel():
         tuned_dq = tuned(arch, "interval_dq", q.element_size(), largest)
-        tiles = cut_tiles(T, tuned_dq["BLOCK_M"], cu_seqlens[0])
+        tiles = cut_tiles(T, tuned_dq["BLOCK_M"], layout.cu_seqlens)
         _interval_dq_kernel[(tiles.count * B * H,)](
             *rows,
             tiles.first,
@@ -124,16 +128,15 @@ def _interval_backward(
         )
 
     tuned_dkdv = tuned(arch, "interval_dkdv", q.element_size(), largest)
-    keys = cut_tiles(S, tuned_dkdv["BLOCK_N"], cu_seqlens[1])
+    keys = cut_tiles(S, tuned_dkdv["BLOCK_N"], cu_rows)
     splits = _splits(triton.cdiv(S, tuned_dkdv["BLOCK_N"]) * B * HK, G)
     dtype = torch.float32 if splits > 1 else k.dtype
     # Rows that belong to no packed sequence are in no tile.
-    allocate = torch.empty if cu_seqlens[1] is None else torch.zeros
+    allocate = torch.empty if cu_rows is None else torch.zeros
     dk = allocate((splits, B, S, HK, Dk), dtype=dtype, device=k.device)
     dv = allocate((splits, B, S, HK, Dv), dtype=dtype, device=v.device)
     if keys.count * B:
-        block_m, block_n = tuned_dkdv["BLOCK_M"], tuned_dkdv["BLOCK_N"]
-        ranges = query_ranges(bounds, S, keys, cu_seqlens[0], block_m, block_n)
+        ranges = query_ranges(bounds, S, keys, layout.cu_seqlens, tuned_dkdv["BLOCK_N"])
         _interval_dkdv_kernel[(keys.count * B * HK * splits,)](
             *rows,
             keys.first,
@@ -152,8 +155,9 @@ def _interval_backward(
             G,
             splits,
             bounds.stride,
-            0 if bounds.stride == 0 else keys.count * 4,
+            0 if bounds.stride == 0 else keys.count * 2,
             *all_strides,
+            PADDED=layout.positions is not None,
             **heads,
             **tuned_dkdv,
         )
@@ -334,6 +338,7 @@ def _interval_dkdv_kernel(
     stride_vb,
     stride_vs,
     stride_vh,
+    PADDED: tl.constexpr,
     DIM_K: tl.constexpr,
     K_MAIN: tl.constexpr,
     K_REST: tl.constexpr,
@@ -369,27 +374,51 @@ def _interval_dkdv_kernel(
     b_dv = tl.zeros([BLOCK_N, V_MAIN], tl.float32)
     b_dk_rest = tl.zeros([BLOCK_N, K_REST if K_REST else 1], tl.float32)
     b_dv_rest = tl.zeros([BLOCK_N, V_REST if V_REST else 1], tl.float32)
-    p_range = ranges + i_batch * stride_ranges + i_tile * 4
-    start, full_start = tl.load(p_range), tl.load(p_range + 1)
-    full_stop, stop = tl.load(p_range + 2), tl.load(p_range + 3)
+    p_range = ranges + i_batch * stride_ranges + i_tile * 2
+    start, stop = tl.load(p_range), tl.load(p_range + 1)
     p_lower = lower + i_batch * stride_bounds
     p_upper = upper + i_batch * stride_bounds
+    # One loop over heads and queries: nested loops keep Triton from overlapping the outer's steps
+    # and take registers for both.
     heads = G // splits
-    for i_member in range(i_split * heads, (i_split + 1) * heads):
-        i_head = i_kv * G + i_member
+    steps = tl.cdiv(stop - start, BLOCK_M)
+    for i_step in range(heads * steps):
+        i_head = i_kv * G + i_split * heads + i_step // steps
+        o_query = start + i_step % steps * BLOCK_M + tl.arange(0, BLOCK_M)
+        m_row = o_query < stop
+        b_lower = tl.load(p_lower + o_query, mask=m_row, other=0)
+        b_upper = tl.load(p_upper + o_query, mask=m_row, other=0)
+        if PADDED:
+            # Padded rows may hold anything, NaN too.
+            m_row &= b_lower < b_upper
         p_q = q + i_batch * stride_qb + i_head * stride_qh
         p_grad = grad_out + i_batch * stride_gb + i_head * stride_gh
-        p_lse = lse_log2 + (i_batch * HK * G + i_head) * T
-        p_delta = delta + (i_batch * HK * G + i_head) * T
-        for phase in tl.static_range(3):
-            span_start = start if phase == 0 else (full_start if phase == 1 else full_stop)
-            span_stop = full_start if phase == 0 else (full_stop if phase == 1 else stop)
-            b_dk, b_dk_rest, b_dv, b_dv_rest = _add_dkdv(
-                b_dk, b_dk_rest, b_dv, b_dv_rest, b_k, b_k_rest, b_v, b_v_rest,
-                p_q, p_grad, p_lse, p_delta, p_lower, p_upper, stride_qt, stride_gt,
-                o_key, span_start, span_stop, scale_log2,
-                phase != 1, DIM_K, K_MAIN, K_REST, DIM_V, V_MAIN, V_REST, BLOCK_M,
-            )  # fmt: skip
+        o_q = o_query.to(tl.int64) * stride_qt
+        o_grad = o_query.to(tl.int64) * stride_gt
+        b_q = load_rows(p_q, o_q, m_row, 0, K_MAIN, DIM_K, True)
+        b_q_rest = b_q
+        if K_REST:
+            b_q_rest = load_rows(p_q, o_q, m_row, K_MAIN, K_REST, DIM_K, True)
+        o_stats = (i_batch * HK * G + i_head) * T + o_query
+        b_lse = tl.load(lse_log2 + o_stats, mask=m_row, other=float("inf"))
+        # [BLOCK_N, BLOCK_M]
+        b_s = dot_split(b_k, b_k_rest, b_q, b_q_rest, K_REST)
+        b_p = tl.exp2(b_s * scale_log2 - b_lse[None, :])
+        m_seen = (o_key[:, None] >= b_lower[None, :]) & (o_key[:, None] < b_upper[None, :])
+        b_p = tl.where(m_seen, b_p, 0.0)
+        b_grad = load_rows(p_grad, o_grad, m_row, 0, V_MAIN, DIM_V, True)
+        b_grad_rest = b_grad
+        if V_REST:
+            b_grad_rest = load_rows(p_grad, o_grad, m_row, V_MAIN, V_REST, DIM_V, True)
+        b_dv = dot(b_p.to(b_grad.dtype), b_grad, b_dv)
+        if V_REST:
+            b_dv_rest = dot(b_p.to(b_grad.dtype), b_grad_rest, b_dv_rest)
+        b_delta = tl.load(delta + o_stats, mask=m_row, other=0.0)
+        b_dp = dot_split(b_v, b_v_rest, b_grad, b_grad_rest, V_REST)
+        b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
+        b_dk = dot(b_ds, b_q, b_dk)
+        if K_REST:
+            b_dk_rest = dot(b_ds, b_q_rest, b_dk_rest)
 
     o_out = ((i_split * B + i_batch) * S + o_key) * HK + i_kv
     store_rows(dk, b_dk * scale, o_out * DIM_K, m_key, 0, K_MAIN, DIM_K)
@@ -398,51 +427,3 @@ def _interval_dkdv_kernel(
         store_rows(dk, b_dk_rest * scale, o_out * DIM_K, m_key, K_MAIN, K_REST, DIM_K)
     if V_REST:
         store_rows(dv, b_dv_rest, o_out * DIM_V, m_key, V_MAIN, V_REST, DIM_V)
-
-
-@triton.jit
-def _add_dkdv(
-    b_dk, b_dk_rest, b_dv, b_dv_rest, b_k, b_k_rest, b_v, b_v_rest,
-    p_q, p_grad, p_lse, p_delta, p_lower, p_upper, stride_qt, stride_gt,
-    o_key, start, stop, scale_log2,
-    MASKED: tl.constexpr,
-    DIM_K: tl.constexpr, K_MAIN: tl.constexpr, K_REST: tl.constexpr,
-    DIM_V: tl.constexpr, V_MAIN: tl.constexpr, V_REST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """Add what one head's queries `start .. stop - 1` contribute to `dk, dv`."""
-    for i_query in range(start, stop, BLOCK_M):
-        o_query = i_query + tl.arange(0, BLOCK_M)
-        m_row = o_query < stop
-        if MASKED:
-            b_lower = tl.load(p_lower + o_query, mask=m_row, other=0)
-            b_upper = tl.load(p_upper + o_query, mask=m_row, other=0)
-            m_seen = (o_key[:, None] >= b_lower[None, :]) & (o_key[:, None] < b_upper[None, :])
-            # Rows that see nothing may hold anything, NaN too.
-            m_row &= b_lower < b_upper
-        o_q = o_query.to(tl.int64) * stride_qt
-        o_grad = o_query.to(tl.int64) * stride_gt
-        b_q = load_rows(p_q, o_q, m_row, 0, K_MAIN, DIM_K, True)
-        b_q_rest = b_q
-        if K_REST:
-            b_q_rest = load_rows(p_q, o_q, m_row, K_MAIN, K_REST, DIM_K, True)
-        b_lse = tl.load(p_lse + o_query, mask=m_row, other=float("inf"))
-        # [BLOCK_N, BLOCK_M]
-        b_s = dot_split(b_k, b_k_rest, b_q, b_q_rest, K_REST)
-        b_p = tl.exp2(b_s * scale_log2 - b_lse[None, :])
-        if MASKED:
-            b_p = tl.where(m_seen, b_p, 0.0)
-        b_grad = load_rows(p_grad, o_grad, m_row, 0, V_MAIN, DIM_V, True)
-        b_grad_rest = b_grad
-        if V_REST:
-            b_grad_rest = load_rows(p_grad, o_grad, m_row, V_MAIN, V_REST, DIM_V, True)
-        b_dv = dot(b_p.to(b_grad.dtype), b_grad, b_dv)
-        if V_REST:
-            b_dv_rest = dot(b_p.to(b_grad.dtype), b_grad_rest, b_dv_rest)
-        b_delta = tl.load(p_delta + o_query, mask=m_row, other=0.0)
-        b_dp = dot_split(b_v, b_v_rest, b_grad, b_grad_rest, V_REST)
-        b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
-        b_dk = dot(b_ds, b_q, b_dk)
-        if K_REST:
-            b_dk_rest = dot(b_ds, b_q_rest, b_dk_rest)
-    return b_dk, b_dk_rest, b_dv, b_dv_rest

@@ -289,6 +289,7 @@ def _top_blocks_kernel(
     """
     o_row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     m_row = o_row < rows
+    o_row = tl.minimum(o_row, rows - 1)
     o_batch, i_kv = o_row // HK % B, o_row % HK
     o_local = o_row // HK // B
     o_tile = first_tile + o_local // BLOCK_M
