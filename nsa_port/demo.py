@@ -64,7 +64,7 @@ _CPU = Scale(
     size=ModelSize(layers=2, hidden_size=128, num_heads=4, num_kv_heads=1, head_dim=32),
     config=NSAConfig(16, 8, 16, 4, 1, 1, 32),
     length=512,
-    batch=4,
+    batch=2,
     held_out=32,
     learning_rate=3e-3,
     seconds=110.0,

@@ -97,6 +97,16 @@ def test_both_models_learn(text: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert losses[-1] < 0.8 * losses[0], name
 
 
+def test_16_bit_run_compares_and_writes_too(
+    text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "scale_for", lambda _: replace(TINY, dtype=torch.bfloat16))
+    assert demo.main(arguments(text, "--steps", 2, "--device", "cpu")) == 0
+    out = capsys.readouterr().out
+    assert "on cpu in bfloat16" in out
+    assert "bytes/s through its cache" in out
+
+
 def test_time_limit_holds_and_ends_the_schedule(
     text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
