@@ -51,6 +51,13 @@ class Shape:
     scale: float | None = None
     lengths: tuple[tuple[int, int], ...] = ()
 
+    def smaller(self) -> Shape:
+        """One KV head instead of two, and as few tokens as still leave blocks to choose from."""
+        heads = (self.H // 2, 1) if self.HK == 2 else (self.H, self.HK)
+        enough = (self.cfg.num_selected + 1) * self.cfg.select_block_size
+        T = min(self.T, enough - 5) if self.S is None else self.T
+        return replace(self, T=T, H=heads[0], HK=heads[1])
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Inputs:

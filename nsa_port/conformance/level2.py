@@ -98,7 +98,8 @@ def _mean_compress(context: Context) -> None:
 def _combine(context: Context) -> None:
     values = inputs(context).v_slc.repeat(1, 1, 2, 1)
     branches = [like(values, seed) for seed in (1, 2, 3)]
-    for shape in ((1, 235, 4, 3), (3,), (235, 1, 3)):
+    T, H = values.shape[1:3]
+    for shape in ((1, T, H, 3), (3,), (T, 1, 3)):
         gates = like(values.new_empty(shape), 4).sigmoid()
         with context.under(f"gates {list(shape)}"):
             gradients(

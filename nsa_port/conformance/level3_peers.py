@@ -16,7 +16,7 @@ from torch import Tensor
 from nsa_port import functional
 from nsa_port.conformance import hold
 from nsa_port.conformance.case import Case, Context
-from nsa_port.conformance.inputs import COMPACT, Inputs, Shape, run
+from nsa_port.conformance.inputs import COMPACT, Inputs, Shape, make, run
 from nsa_port.conformance.level1 import inputs
 from nsa_port.conformance.level3 import both_ways
 from nsa_port.kernels.geometry import NSAConfig
@@ -125,7 +125,7 @@ def _rising_maximum(context: Context) -> None:
 
 def _prefill_and_decode(context: Context) -> None:
     shape = Shape(T=600, H=2, HK=1, cfg=NSAConfig(num_selected=6, window_size=512))
-    prefill = inputs(context, shape)
+    prefill = make(shape, context.dtype, context.device)
     decode = last_rows(prefill, 1)
     whole, last = hold.forward(context, prefill), hold.forward(context, decode)
     context.same("the blocks that the last row chooses", last.indices[:, 0], whole.indices[:, -1])
