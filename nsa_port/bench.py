@@ -491,7 +491,7 @@ def _measure_group(
 ) -> list[dict[str, Any]]:
     """Rounds over the whole group, so that what disturbs the machine disturbs all alike."""
     given = rounds is not None
-    rounds = _rounds(shape, group[0].group) if rounds is None else rounds
+    rounds = _rounds(shape, rounds, group[0].group)
     first: dict[str, Sample] = {}
     failures: dict[str, str] = {}
     for one in group:
@@ -533,9 +533,10 @@ def _measure_group(
     return rows
 
 
-def _rounds(shape: Shape, group: str) -> int:
-    rounds = 5 if torch.device(shape.device).type == "cpu" else 20
-    return 10 * rounds if group == "decode" else rounds
+def _rounds(shape: Shape, given: int | None, group: str) -> int:
+    usual = 5 if torch.device(shape.device).type == "cpu" else 20
+    rounds = usual if given is None else given
+    return 20 * rounds if group == "decode" else rounds
 
 
 def _once(call: Callable[[], object], device: str) -> Sample:
