@@ -258,6 +258,8 @@ def test_the_verdict_says_how_far() -> None:
     refused = replace(passed, outcome=UNSUPPORTED, reasons=(Refusing.reason,))
     found = report.document(plan, 3, [passed, refused], 1)
     assert report.verdict(found) == (PASS, "Conforms to level 0")
+    found = report.document(plan, 3, [passed, replace(refused, excused=True)], 1)
+    assert report.verdict(found) == (PASS, "Conforms to level 3, 1 runs not possible here")
 
 
 def test_comparing_tells_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,7 +89,9 @@ def verdict(found: Mapping[str, Any]) -> tuple[str, str]:
         return FAIL, f"Does not conform to level {min(level, found['backend']['declared_level'])}"
     if found["reached"] < 0:
         return UNSUPPORTED, "Conforms to no level"
-    return PASS, f"Conforms to level {found['reached']}"
+    missing = sum(case["excused"] for case in found["cases"])
+    told = f", {missing} runs not possible here" if missing else ""
+    return PASS, f"Conforms to level {found['reached']}{told}"
 
 
 def _case(result: Result) -> Document:
