@@ -136,7 +136,8 @@ def _levels(found: Document) -> str:
     declared = found["backend"]["declared_level"]
     return (
         f"<h2>Levels</h2><p class='lead'>The backend declares level {declared}: up to there, "
-        f"nothing may be unsupported but what the machine itself cannot hold or run.</p><section class='card levels'>{''.join(lines)}</section>"
+        f"nothing may be unsupported but what the machine itself cannot hold or run.</p>"
+        f"<section class='card levels'>{''.join(lines)}</section>"
     )
 
 
