@@ -28,7 +28,15 @@ by_name = {case.name: case for case in CASES}
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-@pytest.fixture(params=Form, ids=lambda form: form.name.lower(), autouse=True)
+def form_name(form: Form) -> str:
+    return form.name.lower()
+
+
+in_every_form = pytest.mark.parametrize("form", Form, ids=form_name, indirect=True)
+"""For the whole; a branch by itself has no form for few queries."""
+
+
+@pytest.fixture(params=[Form.BLOCK_MAJOR, Form.STATIC], ids=form_name, autouse=True)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Form:
     """Force one form on the CPU."""
     monkeypatch.setattr(forms, "choose", lambda *_: request.param)
@@ -366,9 +374,9 @@ def test_cu_seqlens_that_point_nowhere_stay_in_bounds(form: Form) -> None:
     eager.compressed_attention(tensors["q"], tensors["k_cmp"], tensors["v_cmp"], *tail)
 
 
-@pytest.mark.parametrize("name", [case.name for case in CASES])
-def test_the_whole_and_its_gradients_match_the_reference(name: str) -> None:
-    case = by_name[name]
+@in_every_form
+@every_case
+def test_the_whole_and_its_gradients_match_the_reference(case: Case, form: Form) -> None:
     x = make_inputs(case)
     tail = (case.config, case.layout, case.scale)
     tensors = x.tensors()
@@ -383,7 +391,8 @@ def test_the_whole_and_its_gradients_match_the_reference(name: str) -> None:
         assert_close(values[0], values[1], values[2], f"d{what}", source=x.grad, lse=whole.lse)
 
 
-def test_the_whole_keeps_branch_outputs_only_for_gradients() -> None:
+@in_every_form
+def test_the_whole_keeps_branch_outputs_only_for_gradients(form: Form) -> None:
     case = by_name["plain"]
     x = make_inputs(case)
     tail = (case.config, case.layout, case.scale)
@@ -434,3 +443,23 @@ def test_only_a_cpu_takes_a_form_that_reads_data_on_the_host(
         assert {forms.choose(device, T) for T in (0, 1, 10_000)} == {Form.STATIC}
     assert forms.choose("cpu", 1) is Form.FEW
     assert forms.choose("cpu", 10_000) is Form.BLOCK_MAJOR
+
+
+@in_every_form
+@pytest.mark.parametrize("name", ["packed", "packed_cache"])
+def test_the_whole_keeps_sequences_apart(name: str, form: Form) -> None:
+    case = by_name[name]
+    clean, dirty = make_inputs(case), make_inputs(case)
+    tail = (case.config, case.layout, case.scale)
+    cu_q, cu_k = (bounds.tolist() for bounds in case.cu_seqlens)
+    cu_c = case.layout.compressed_cu_seqlens(case.config).tolist()
+    sick = 3
+    for x, bounds in zip(dirty.tensors(), [cu_q, *[cu_c] * 2, *[cu_k] * 4, cu_q], strict=True):
+        x[:, bounds[sick] : bounds[sick + 1]] = torch.nan
+    expected, found = (eager.nsa_attention(*x.tensors(), *tail, True) for x in (clean, dirty))
+    healthy = torch.ones(cu_q[-1], dtype=torch.bool)
+    healthy[cu_q[sick] : cu_q[sick + 1]] = False
+    for name in ("out", "indices"):
+        a, b = (getattr(result, name)[:, healthy] for result in (expected, found))
+        assert torch.equal(a, b)
+    assert found.out[:, ~healthy].isnan().all()
