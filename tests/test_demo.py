@@ -117,6 +117,22 @@ def test_time_limit_holds_and_ends_the_schedule(
     assert time.monotonic() - start < 15
 
 
+@pytest.mark.parametrize(("one", "chosen"), [(0.5, 1), (2.0, 2)])
+def test_demo_takes_the_faster_number_of_threads_and_restores_it(
+    one: float, chosen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    text = bytes(range(250)) * 40
+    monkeypatch.setattr(demo, "_trial", lambda *_: one if torch.get_num_threads() == 1 else 1.0)
+    torch.set_num_threads(2)
+    try:
+        with demo.faster_threads({}, demo.Data(text, TINY, CPU)):
+            assert torch.get_num_threads() == chosen
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_models_start_equal_wherever_they_have_the_same_parameters() -> None:
     dense, sparse = models()
     own = sparse.state_dict()
