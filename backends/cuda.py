@@ -4,38 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from nsa_port.backends.interface import Environment, Problem, Reason
+from nsa_port.backends.interface import PARTS, Environment, Problem, Reason
 from nsa_port.backends.triton_checks import dtype_reasons, triton_reasons
 
 _NVIDIA_NAMES = ("NVIDIA", "Tesla", "Quadro", "GeForce", "TITAN", "GRID")
 _LEAST_TRITON = "3.6"
 _LEAST_ARCH = 80
+_LARGEST_HEAD = 256
 
 
 class CudaBackend:
     name = "cuda"
     level = 0
-    kernels: Mapping[str, str] = {}
+    conforms = False
+    """Whether the suite passes on a GPU. Until it does, the kernels run in the interpreter only."""
+    kernels: Mapping[str, str] = dict.fromkeys(("mean_compress", *PARTS), "nsa_port.kernels.triton")
 
     def is_native(self, environment: Environment) -> bool:
         return _is_nvidia(environment)
 
     def machine_reasons(self, environment: Environment) -> tuple[Reason, ...]:
         found: list[Reason] = []
-        if not self.kernels:
-            found.append(
-                Reason(
-                    "no_kernels",
-                    "this version of nsa_port has no kernels for cuda",
-                    value="none",
-                    bound="at least one operator",
-                    remedy="use the backend torch, or a newer nsa_port",
-                )
-            )
         interpreted = environment.interpreter and environment.device_type == "cpu"
         if not interpreted and not _is_nvidia(environment):
             found.append(_no_device(environment))
-        elif not interpreted and _arch_number(environment.arch) < _LEAST_ARCH:
+        elif not interpreted:
+            found += self._gpu_reasons(environment)
+        return (
+            *found,
+            *triton_reasons(
+                environment, least=_LEAST_TRITON, compiler="nvidia", distribution="triton"
+            ),
+        )
+
+    def _gpu_reasons(self, environment: Environment) -> tuple[Reason, ...]:
+        found: list[Reason] = []
+        if not self.conforms:
+            found.append(
+                Reason(
+                    "not_conforming",
+                    "these kernels have not passed the conformance suite on a GPU",
+                    value="level 0",
+                    bound="level 1",
+                    remedy="use the backend torch, or a newer nsa_port",
+                )
+            )
+        if _arch_number(environment.arch) < _LEAST_ARCH:
             found.append(
                 Reason(
                     "arch_too_old",
@@ -45,15 +59,22 @@ class CudaBackend:
                     remedy="use the backend torch",
                 )
             )
-        return (
-            *found,
-            *triton_reasons(
-                environment, least=_LEAST_TRITON, compiler="nvidia", distribution="triton"
-            ),
-        )
+        return tuple(found)
 
     def call_reasons(self, environment: Environment, problem: Problem) -> tuple[Reason, ...]:
-        return dtype_reasons(self.name, problem, bfloat16=not environment.interpreter)
+        found = dtype_reasons(self.name, problem, bfloat16=not environment.interpreter)
+        largest = max(problem.key_dim, problem.value_dim)
+        if largest > _LARGEST_HEAD:
+            found += (
+                Reason(
+                    "head_dim_too_large",
+                    f"the largest head dimension is {largest}",
+                    value=str(largest),
+                    bound=f"at most {_LARGEST_HEAD}",
+                    remedy="backend='torch'",
+                ),
+            )
+        return found
 
 
 def _is_nvidia(environment: Environment) -> bool:

@@ -98,7 +98,7 @@ def test_import_loads_no_kernel_compiler_and_touches_no_device() -> None:
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
     )
-    assert run.stdout.strip() == "['nsa_port.kernels.geometry']"
+    assert run.stdout.strip() == "['nsa_port.kernels.geometry', 'nsa_port.kernels.results']"
 
 
 @pytest.mark.parametrize("name", ["backends", "kernels"])

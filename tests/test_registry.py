@@ -84,6 +84,8 @@ MACHINES = {
 def with_kernels(backend: CudaBackend | RocmBackend) -> Backend:
     """The backend as if every operator had a kernel, so that only the machine decides."""
     backend.kernels = dict.fromkeys(OPERATORS, "some.module")
+    if isinstance(backend, CudaBackend):
+        backend.conforms = True
     return backend
 
 
@@ -163,6 +165,20 @@ def test_all_reasons_against_a_backend_are_given(
     machine: str, backend: str, expected: set[str]
 ) -> None:
     assert codes(machine, backend) == expected
+
+
+def test_kernels_that_never_conformed_on_a_gpu_run_in_the_interpreter_alone() -> None:
+    backends = (CudaBackend(), TorchBackend())
+    problem = replace(PROBLEM, dtype=torch.float32)
+    refused = registry.select(backends, H200, problem, "cuda")
+    assert [why.code for why in refused.reasons_against("cuda")] == ["not_conforming"]
+    assert registry.select(backends, MACHINES["cpu, interpreter"], problem, "cuda").backend
+
+
+def test_head_dimensions_past_the_kernels_tiles_are_refused() -> None:
+    choice = registry.select(BACKENDS, H200, replace(PROBLEM, key_dim=320), "cuda")
+    (reason,) = choice.reasons_against("cuda")
+    assert (reason.code, reason.value) == ("head_dim_too_large", "320")
 
 
 def test_every_reason_has_a_value_a_bound_and_a_remedy() -> None:
