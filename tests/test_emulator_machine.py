@@ -144,7 +144,7 @@ def test_lanes_that_go_different_ways_each_get_their_own() -> None:
 
 @pytest.mark.parametrize("architecture", LOAD_POINTER)
 def test_a_barrier_makes_waves_wait_for_each_other(architecture: str) -> None:
-    """Wave 0 takes a detour before it writes what the other wave then reads."""
+    """Wave 0 takes a detour, past the end, before it writes what the other wave then reads."""
     lanes = lanes_of(architecture)
     barrier = "s_barrier_signal -1\ns_barrier_wait -1" if architecture == "gfx1201" else "s_barrier"
     write, read = ("ds_write_b32", "ds_read_b32")
@@ -156,11 +156,7 @@ def test_a_barrier_makes_waves_wait_for_each_other(architecture: str) -> None:
     v_readfirstlane_b32 s5, v0
     s_mov_b32 s6, 20
     s_cmp_eq_u32 s5, 0
-    s_cbranch_scc0 ready
-    loop:
-    s_sub_i32 s6, s6, 1
-    s_cmp_lg_u32 s6, 0
-    s_cbranch_scc1 loop
+    s_cbranch_scc1 detour
     ready:
     v_lshlrev_b32 v1, 2, v0
     {write} v1, v0
@@ -168,11 +164,26 @@ def test_a_barrier_makes_waves_wait_for_each_other(architecture: str) -> None:
     v_xor_b32 v3, {lanes * 4}, v1
     {read} v2, v3
     {STORE[architecture]} v1, v2, s[8:9]
+    s_endpgm
+    detour:
+    s_sub_i32 s6, s6, 1
+    s_cmp_lg_u32 s6, 0
+    s_cbranch_scc1 detour
+    s_branch ready
     """
     )
     out = np.zeros(2 * lanes, np.uint32)
     found, _ = launch(architecture, body, (1, 1, 1), 2, out, lds_bytes=2 * lanes * 4)
     same(found, np.arange(2 * lanes) ^ lanes)
+
+
+def test_waves_that_parted_go_on_together() -> None:
+    """What follows a branch runs once for all waves, and not once for each."""
+    body = "v_readfirstlane_b32 s5, v0\ns_cmp_eq_u32 s5, 0\ns_cbranch_scc1 meet\ns_nop 0\nmeet:\n"
+    tail = "v_mov_b32 v1, 0\n" * 100
+    _, machine = launch("gfx942", body + tail, (1, 1, 1), 4, np.zeros(1, np.uint32))
+    assert machine.counters.steps < 120
+    assert machine.counters.instructions > 400
 
 
 def test_a_wave_that_ends_does_not_hold_a_barrier() -> None:

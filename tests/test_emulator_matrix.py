@@ -179,6 +179,18 @@ def test_mi200_takes_subnormal_halves_for_zero(architecture: str, kept: float) -
     assert (result.vector(4, np.float32) == kept).all()
 
 
+@pytest.mark.parametrize(("architecture", "kept"), [("gfx90a", 0.0), ("gfx942", 2.0**-130)])
+def test_mi200_makes_subnormal_results_zero(architecture: str, kept: float) -> None:
+    name = "v_mfma_f32_16x16x16" + ("bf16_1k" if architecture == "gfx90a" else "_bf16")
+    a = torch.zeros(16, 16).bfloat16()
+    a[:, 0] = 2.0**-65
+    vectors = {
+        n: value for half in (0, 2) for n, value in enumerate(place(a, 64, False).values(), half)
+    }
+    result = execute(architecture, f"{name} v[4:7], v[0:1], v[2:3], 0", vectors=vectors)
+    assert (result.vector(4, np.float32) == np.float32(kept)).all()
+
+
 def test_the_lanes_of_a_matrix_instruction_are_always_active() -> None:
     ones = {n: np.uint32(0x3C003C00) for n in range(4)}
     result = execute(

@@ -147,6 +147,20 @@ def test_inactive_lanes_neither_load_nor_store() -> None:
     assert result.buffer(1, np.uint32).tolist() == [1000, 0, 1002, 0]
 
 
+def test_inactive_lanes_do_nothing_through_a_descriptor() -> None:
+    result = execute(
+        "gfx942",
+        descriptor(64)
+        + "buffer_load_dword v2, v0, s[8:11], 0 offen\n"
+        + "buffer_store_dword v4, v0, s[8:11], 0 offen",
+        vectors={0: offsets(4), 2: np.uint32(7), 4: np.uint32(9)},
+        buffers=[np.arange(1, 17, dtype=np.uint32)],
+        active=[0, 2],
+    )
+    assert result.vector(2)[:4].tolist() == [1, 7, 3, 7]
+    assert result.buffer(0, np.uint32)[:4].tolist() == [9, 2, 9, 4]
+
+
 def test_a_descriptor_ends_where_it_says() -> None:
     """Beyond its last byte loads give 0 and stores do nothing, as compilers rely on for masks."""
     result = execute(
@@ -183,7 +197,7 @@ def test_out_of_bounds_names_instruction_lane_address_and_buffer() -> None:
         )
 
 
-@pytest.mark.parametrize("offset", [-4, 64, 2**31, 2**34, 2**34 + 8, 2**40])
+@pytest.mark.parametrize("offset", [-4, 64, 4096, 2**20, 2**31, 2**34, 2**34 + 8, 2**40])
 def test_no_offset_reaches_another_buffer(offset: int) -> None:
     base = np.array(offset, np.int64).view(np.uint64)
     with refuses(OutOfBounds, "global_store_dword"):

@@ -176,6 +176,15 @@ def test_the_previous_driver_comes_back() -> None:
             _ = triton.runtime.driver.active
 
 
+def test_the_session_in_use_is_kept() -> None:
+    with emulator.emulated("gfx942") as session:
+        assert emulator.ensure_active("gfx942") is session
+        other = emulator.ensure_active("gfx1100")
+        assert other.architecture.name == "gfx1100"
+        assert emulator.ensure_active("gfx1100") is other
+        emulator.deactivate()
+
+
 def test_autotuning_goes_by_executed_instructions() -> None:
     configurations = [triton.Config({"BLOCK": block}, num_warps=1) for block in (64, 512)]
     tuned = triton.autotune(configurations, key=["n"])(kernels.add)

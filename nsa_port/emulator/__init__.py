@@ -38,7 +38,14 @@ from nsa_port.emulator.errors import (
 )
 
 if TYPE_CHECKING:
-    from nsa_port.emulator.driver import Launch, Session, activate, deactivate, emulated
+    from nsa_port.emulator.driver import (
+        Launch,
+        Session,
+        activate,
+        deactivate,
+        emulated,
+        ensure_active,
+    )
 
 __all__ = [
     "ARCHITECTURES",
@@ -53,9 +60,10 @@ __all__ = [
     "activate",
     "deactivate",
     "emulated",
+    "ensure_active",
 ]
 
-_FROM_DRIVER = ("Launch", "Session", "activate", "deactivate", "emulated")
+_FROM_DRIVER = ("Launch", "Session", "activate", "deactivate", "emulated", "ensure_active")
 
 
 def __getattr__(name: str) -> object:
