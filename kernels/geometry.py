@@ -82,9 +82,10 @@ class NSAConfig:
         return (num_tokens + self.select_block_size - 1) // self.select_block_size
 
     def score_weights(self) -> tuple[int, tuple[int, ...]]:
-        """`(first, weights)` of Eq. 9: block `j` scores `sum_k weights[k] p_cmp[j m/d + first + k]`.
+        """`(first, weights)` of Eq. 9.
 
-        Compressed blocks outside the sequence count as 0.
+        Block `j` scores `sum_k weights[k] p_cmp[j m / d + first + k]`; compressed blocks outside
+        the sequence count as 0.
         """
         per_select = self.select_block_size // self.block_stride
         per_compressed = self.block_size // self.block_stride
@@ -101,8 +102,8 @@ class NSAConfig:
     @classmethod
     def from_ints(cls, values: list[int]) -> NSAConfig:
         """The inverse of `as_ints`."""
-        l, d, m, n, init, local, w, score_map = (int(value) for value in values)
-        return cls(l, d, m, n, init, local, w, SCORE_MAPS[score_map])
+        size, stride, select, n, init, local, w, score_map = (int(value) for value in values)
+        return cls(size, stride, select, n, init, local, w, SCORE_MAPS[score_map])
 
 
 _LEAST = {

@@ -177,7 +177,7 @@ class Tiles(NamedTuple):
     first: Tensor | None
     stop: Tensor | None
     sequence: Tensor | None
-    count: int
+    count: int  # type: ignore[assignment]
 
 
 def cut_tiles(num_tokens: int, size: int, cu_seqlens: Tensor | None) -> Tiles:
