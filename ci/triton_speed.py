@@ -3,8 +3,9 @@
     PYTHONPATH=. python3 ci/triton_speed.py table --shapes A2 B --lengths 8192 65536 --out t.json
     PYTHONPATH=. python3 ci/triton_speed.py sweep --shapes A2 --length 32768 --out s.json
 
-`table` gives the median time of every operator. `sweep` compiles candidates in parallel without the
-GPU, drops those that spill registers, then times the rest one after the other.
+`table` gives the median time of every operator. `sweep` compiles candidates in parallel without
+the GPU, drops those that spill registers, then times the rest one after the other. `both` then
+makes the table with what the sweep found fastest.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +231,10 @@ def kernel_times(call: Callable[[], Any]) -> dict[str, float]:
     return times
 
 
-def candidates(kernel: str) -> list[dict[str, int]]:
+def candidates(kernel: str, chosen: dict[str, list[dict[str, int]]]) -> list[dict[str, int]]:
+    """The chosen candidates of a kernel, or all of its grid."""
+    if chosen:
+        return chosen.get(kernel, [])
     grid = GRIDS[kernel]
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
@@ -256,11 +261,12 @@ def compile_candidate(task: tuple[str, str, str, dict[str, int]]) -> str:
 
 def sweep(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     major, minor = torch.cuda.get_device_capability()
+    chosen = json.loads(arguments.candidates.read_text()) if arguments.candidates else {}
     tasks = [
         (f"sm_{major}{minor}", name, kernel, candidate)
         for name in arguments.shapes
         for kernel in arguments.kernels
-        for candidate in candidates(kernel)
+        for candidate in candidates(kernel, chosen)
     ]
     context = multiprocessing.get_context("spawn")
     with context.Pool(max(1, (os.cpu_count() or 2) - 2)) as pool:
@@ -281,7 +287,7 @@ def sweep(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 with tuned_to({kernel: task[3]}):
                     for operator in OPERATORS_OF[kernel]:
                         try:
-                            row[operator] = round(median_ms(calls[operator], 5), 3)
+                            row[operator] = round(median_ms(calls[operator], 3), 3)
                         except Exception as error:  # too much shared memory, say
                             row["out"] = repr(error)[:200]
                             break
@@ -289,8 +295,48 @@ def sweep(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 if "out" not in row:
                     found.append(row)
             for operator in OPERATORS_OF[kernel]:
-                for row in sorted(found, key=lambda row: row[operator])[:4]:
-                    print({key: row[key] for key in row if key != "kernel"}, operator, flush=True)
+                for row in sorted(found, key=lambda row: row[operator])[:3]:
+                    print(row, flush=True)
+        del calls
+    return results
+
+
+def best_of(results: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, int]]]:
+    """Of a sweep's results, the fastest values of each shape's kernels."""
+    fastest: dict[tuple[str, str], tuple[float, dict[str, int]]] = {}
+    for row in results:
+        kernel = row["kernel"]
+        if "out" in row:
+            continue
+        total = sum(row[operator] for operator in OPERATORS_OF[kernel])
+        values = {name: row[name] for name in (*GRIDS[kernel], "BLOCK_N") if name in row}
+        key = (row["shape"], kernel)
+        if key not in fastest or total < fastest[key][0]:
+            fastest[key] = (total, values)
+    best: dict[str, dict[str, dict[str, int]]] = {}
+    for (shape, kernel), (_, values) in fastest.items():
+        best.setdefault(shape, {})[kernel] = values
+    return best
+
+
+def sweep_and_table(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """A sweep over some shapes, then the table of all shapes with what was fastest.
+
+    A shape that was not swept takes the values of one with the same head dimensions.
+    """
+    results = sweep(arguments)
+    save(arguments, results)
+    best = best_of(results)
+    for name, shape in SHAPES.items():
+        like = [
+            other
+            for other in best
+            if SHAPES[other].key_dim == shape.key_dim and SHAPES[other].value_dim == shape.value_dim
+        ]
+        arguments.shapes = [name]
+        with tuned_to(best[name] if name in best else best[like[0]] if like else {}):
+            results += table(arguments)
+        save(arguments, results)
     return results
 
 
@@ -302,7 +348,7 @@ def table(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             row: dict[str, Any] = {"shape": name, "length": length, "operator": operator}
-            row["ms"] = round(median_ms(call, 9), 3)
+            row["ms"] = round(median_ms(call, 5), 3)
             row["peak_mib"] = (torch.cuda.max_memory_allocated() - before) >> 20
             if arguments.kernels_too:
                 row["kernels"] = kernel_times(call)
@@ -314,23 +360,27 @@ def table(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("job", choices=("table", "sweep"))
+    parser.add_argument("job", choices=("table", "sweep", "both"))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 16384, 32768, 65536])
-    parser.add_argument("--length", type=int, default=32768)
+    parser.add_argument("--length", type=int, default=32768, help="of a sweep")
     parser.add_argument("--kernels", nargs="+", default=list(GRIDS), choices=list(GRIDS))
+    parser.add_argument("--candidates", type=Path, help="JSON: kernel -> values to try")
     parser.add_argument("--kernels-too", action="store_true", help="time each kernel inside a call")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    results = {"sweep": sweep, "table": table}[arguments.job](arguments)
-    if arguments.out:
-        import triton
+    job = {"sweep": sweep, "table": table, "both": sweep_and_table}[arguments.job]
+    save(arguments, job(arguments))
 
+
+def save(arguments: argparse.Namespace, results: list[dict[str, Any]]) -> None:
+    """Write the results beside what they were measured on."""
+    if arguments.out:
         facts = {
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
-            "triton": triton.__version__,
+            "triton": version("triton"),
             "python": sys.version.split()[0],
         }
         arguments.out.write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")

@@ -17,6 +17,7 @@ from nsa_port import reference
 from nsa_port.kernels import triton as kernels
 from nsa_port.kernels.geometry import Layout, NSAConfig
 from nsa_port.kernels.triton import host, selected, selection
+from tests.bounds_checked import check_bounds
 from tests.eager_cases import (
     CASES,
     SMALL,
@@ -135,6 +136,12 @@ def check_branch(operator: str, case: Case) -> None:
         assert gradient[0].is_contiguous()
         gradient[0] = gradient[0].cpu()
         assert_close(*gradient, f"d{name}", source=grads[0], lse=lse.cpu())
+
+
+@pytest.fixture(autouse=True)
+def _in_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE == "cpu":
+        check_bounds(monkeypatch)
 
 
 @pytest.mark.parametrize("operator", BRANCHES)
