@@ -27,15 +27,18 @@ class HeadSplit(NamedTuple):
 
 
 def split_head(dim: int) -> HeadSplit:
-    """The cut that pads least: 192 is 128 + 64, 100 is one tile of 128, 8 is one of 16.
+    """The cut that pads least: 192 is 128 + 64, 80 is 64 + 32, 100 is one tile of 128.
 
-    Matrix units want at least 16 columns, so no part is smaller.
+    Matrix units want at least 16 columns. Only multiples of 16 are cut, and not into parts below
+    32 columns: the rows of other dimensions are not aligned enough to be copied asynchronously, and
+    ptxas 12.8, which triton 3.6 carries, miscompiles what that leads to on Hopper (it reads an
+    operand's descriptor from a register that it has not written).
     """
-    main = max(16, 1 << (dim.bit_length() - 1))
-    if dim <= main:
-        return HeadSplit(dim, main, 0)
-    rest = max(16, triton.next_power_of_2(dim - main))
-    return HeadSplit(dim, 2 * main, 0) if rest == main else HeadSplit(dim, main, rest)
+    whole = max(16, triton.next_power_of_2(dim))
+    main, rest = whole // 2, max(32, triton.next_power_of_2(max(1, dim - whole // 2)))
+    if dim % 16 or dim == whole or rest >= main:
+        return HeadSplit(dim, whole, 0)
+    return HeadSplit(dim, main, rest)
 
 
 def split_arguments(key: HeadSplit, value: HeadSplit) -> dict[str, int]:
