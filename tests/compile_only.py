@@ -6,12 +6,11 @@ they would launch: the same tuned values, the same specialisation.
 
 from __future__ import annotations
 
+import itertools
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
+
+from tests.machine_code import resources
 
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 """Bytes that one program may use."""
@@ -35,10 +36,15 @@ class Build:
     registers: int
     stack: int
     ptx: str
+    cubin: bytes
 
     @property
     def uses_wgmma(self) -> bool:
         return "wgmma.mma_async" in self.ptx
+
+
+_devices = itertools.count()
+"""Triton keeps what it compiled per device number: each driver is a device of its own."""
 
 
 class _Launcher:
@@ -64,7 +70,7 @@ class _Utils:
         self, name: str, cubin: bytes, shared: int, device: int
     ) -> tuple[object, object, int, int, int]:
         registers, stack = resources(cubin)
-        self.builds.append(Build(name, 0, shared, registers, stack, ""))
+        self.builds.append(Build(name, 0, shared, registers, stack, "", cubin))
         return object(), object(), registers, stack, 1024
 
 
@@ -75,6 +81,7 @@ class CompileOnlyDriver(DriverBase):
 
     def __init__(self, arch: str) -> None:
         self.builds: list[Build] = []
+        self.device = next(_devices)
         self.utils = _Utils(arch, self.builds)
         self.target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
 
@@ -95,7 +102,7 @@ class CompileOnlyDriver(DriverBase):
         raise NotImplementedError("nothing runs on a driver that only compiles")
 
     def get_current_device(self) -> int:
-        return 0
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -112,10 +119,9 @@ def compiling_for(arch: str) -> Iterator[list[Build]]:
 
     def keep(module: Any, function: Any, name: str, metadata_group: Any, hash: str) -> None:
         ptx = next(Path(p).read_text() for f, p in metadata_group.items() if f.endswith(".ptx"))
-        warps = re.search(r"\.reqntid (\d+)", ptx)
-        build = active.builds[-1]
-        num_warps = int(warps.group(1)) // 32 if warps else 0
-        kept.append(Build(name, num_warps, build.shared, build.registers, build.stack, ptx))
+        threads = re.search(r"\.reqntid (\d+)", ptx)
+        num_warps = int(threads.group(1)) // 32 if threads else 0
+        kept.append(replace(active.builds[-1], num_warps=num_warps, ptx=ptx))
 
     triton.knobs.runtime.kernel_load_end_hook = keep
     try:
@@ -123,16 +129,3 @@ def compiling_for(arch: str) -> Iterator[list[Build]]:
     finally:
         triton.knobs.runtime.kernel_load_end_hook = hook
         driver._active = before
-
-
-def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread and bytes of stack, which is where registers are spilled to."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        text = subprocess.run(
-            [str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()  # type: ignore[union-attr]
-    return int(registers), int(stack)

@@ -1,0 +1,120 @@
+"""Every tuned entry compiles for its architecture, fits it and does not spill. Needs no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from nsa_port.kernels import triton as kernels
+from nsa_port.kernels.geometry import Layout, NSAConfig
+from nsa_port.kernels.triton import host
+from tests.compile_only import SHARED_MEMORY, compiling_for
+from tests.machine_code import reads_before_writes
+
+CONFIG = NSAConfig()
+FUNCTIONS = {
+    "interval_forward": "_interval_forward_kernel",
+    "interval_dq": "_interval_dq_kernel",
+    "interval_dkdv": "_interval_dkdv_kernel",
+    "block_scores": "_block_scores_kernel",
+    "selected_by_query": "_by_query_kernel",
+    "selected_by_block": "_by_block_kernel",
+    "selected_backward": "_by_block_backward_kernel",
+}
+"""Tuned kernel -> the device function that its values go to."""
+
+TABLES = {"sm_80": "sm_80", "sm_90": "sm_90", "sm_100": "sm_100", "generic": "sm_80"}
+"""Table -> the architecture to compile it for."""
+
+LEAST_SHARED_MEMORY = 64 * 1024
+"""What an unknown architecture is taken to have."""
+
+
+def entries() -> list[tuple[str, str, int]]:
+    return [
+        (table, kernel, index)
+        for table in TABLES
+        for kernel, rows in host.load_table(table).items()
+        for index in range(len(rows))
+    ]
+
+
+def launch(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, T: int = 320) -> None:
+    """A call that launches a tuned kernel; the contents of the tensors do not matter."""
+    G = 4 if kernel == "selected_by_block" else 16
+    T = max(T, 1024) if kernel == "selected_by_block" else T
+    C = CONFIG.num_compressed(T)
+
+    def tensor(length: int, heads: int, dim: int) -> torch.Tensor:
+        return torch.zeros(1, length, heads, dim, dtype=dtype)
+
+    q, k, v = tensor(T, G, key_dim), tensor(T, 1, key_dim), tensor(T, 1, value_dim)
+    k_cmp, v_cmp = tensor(C, 1, key_dim), tensor(C, 1, value_dim)
+    out, lse = tensor(T, G, value_dim), torch.zeros(1, T, G)
+    indices = torch.zeros(1, T, 1, CONFIG.num_selected, dtype=torch.int32)
+    tail = (CONFIG, Layout(T), 0.1)
+    if kernel == "interval_forward":
+        kernels.compressed_attention(q, k_cmp, v_cmp, *tail)
+    elif kernel.startswith("interval"):
+        kernels.compressed_attention_backward(out, None, q, k_cmp, v_cmp, out, lse, *tail)
+    elif kernel == "block_scores":
+        kernels.select_blocks(q, k_cmp, lse, *tail)
+    elif kernel == "selected_backward":
+        kernels.selected_attention_backward(out, None, q, k, v, indices, out, lse, *tail)
+    else:
+        kernels.selected_attention(q, k, v, indices, *tail)
+
+
+@pytest.mark.parametrize(("table", "kernel", "index"), entries())
+def test_every_tuned_entry_fits_its_architecture(
+    table: str, kernel: str, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the largest head dimension that the entry is for; 192 is 192 and 128, as in the paper."""
+    rows = host.load_table(table)
+    row = rows[kernel][index]
+    monkeypatch.setattr(host, "load_table", lambda arch: rows)
+    key_dim, value_dim = row["head_dim"], 128 if row["head_dim"] == 192 else row["head_dim"]
+    dtype = torch.bfloat16 if row["element_size"] == 2 else torch.float32
+    host.tuned.cache_clear()
+    with compiling_for(TABLES[table]) as builds:
+        launch(kernel, key_dim, value_dim, dtype)
+    host.tuned.cache_clear()
+    (build,) = (build for build in builds if build.name == FUNCTIONS[kernel])
+    room = LEAST_SHARED_MEMORY if table == "generic" else SHARED_MEMORY[table]
+    assert build.shared <= room, f"{build.shared} bytes of shared memory, {room} available"
+    assert build.stack == 0, f"spills {build.stack} bytes of registers"
+    assert build.num_warps == row["num_warps"]
+    assert not reads_before_writes(build.cubin)
+    if table == "sm_90" and row["element_size"] == 2 and kernel != "selected_by_query":
+        assert build.uses_wgmma, "Hopper's matrix units are not used"
+
+
+ODD_DIMENSIONS = [(35, 35), (40, 24), (80, 96)]
+
+
+@pytest.mark.parametrize("kernel", FUNCTIONS)
+@pytest.mark.parametrize("dimensions", ODD_DIMENSIONS, ids=str)
+def test_head_dimensions_between_entries_are_assembled_rightly(
+    kernel: str, dimensions: tuple[int, int]
+) -> None:
+    with compiling_for("sm_90") as builds:
+        launch(kernel, *dimensions, torch.float16)
+    assert all(not reads_before_writes(build.cubin) for build in builds)
+
+
+def test_a_new_length_compiles_nothing() -> None:
+    """Lengths, and the strides that follow from them, are no part of a kernel."""
+    with compiling_for("sm_90") as builds:
+        for T in (1024, 1100):
+            for kernel in FUNCTIONS:
+                launch(kernel, 64, 64, torch.float16, T)
+        builds.clear()
+        for T in (1101, 1537, 2048, 3000):
+            for kernel in FUNCTIONS:
+                launch(kernel, 64, 64, torch.float16, T)
+    assert [build.name for build in builds] == []
