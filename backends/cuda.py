@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from nsa_port.backends.interface import PARTS, Environment, Problem, Reason
-from nsa_port.backends.triton_checks import dtype_reasons, triton_reasons
+from nsa_port.backends.triton_checks import dtype_reasons, head_dim_reasons, triton_reasons
 
 _NVIDIA_NAMES = ("NVIDIA", "Tesla", "Quadro", "GeForce", "TITAN", "GRID")
 _LEAST_TRITON = "3.6"
 _LEAST_ARCH = 80
-_LARGEST_HEAD = 256
 
 
 class CudaBackend:
@@ -62,19 +61,10 @@ class CudaBackend:
         return tuple(found)
 
     def call_reasons(self, environment: Environment, problem: Problem) -> tuple[Reason, ...]:
-        found = dtype_reasons(self.name, problem, bfloat16=not environment.interpreter)
-        largest = max(problem.key_dim, problem.value_dim)
-        if largest > _LARGEST_HEAD:
-            found += (
-                Reason(
-                    "head_dim_too_large",
-                    f"the largest head dimension is {largest}",
-                    value=str(largest),
-                    bound=f"at most {_LARGEST_HEAD}",
-                    remedy="backend='torch'",
-                ),
-            )
-        return found
+        return (
+            *dtype_reasons(self.name, problem, bfloat16=not environment.interpreter),
+            *head_dim_reasons(problem),
+        )
 
 
 def _is_nvidia(environment: Environment) -> bool:

@@ -87,6 +87,7 @@ class Reason:
         value: what the call or the machine has.
         bound: what the backend needs.
         remedy: what the user can do about it.
+        soft: it keeps automatic choice away, and whoever forces the backend overrides it.
     """
 
     code: str
@@ -94,6 +95,7 @@ class Reason:
     value: str = ""
     bound: str = ""
     remedy: str = ""
+    soft: bool = False
 
     def __str__(self) -> str:
         details = [f"{name}: {text}" for name, text in self._details() if text]
@@ -138,6 +140,7 @@ class Environment:
         triton: the Triton found, None if there is none.
         interpreter: Triton's interpreter is on (`TRITON_INTERPRET=1`).
         emulate: the architecture of `NSA_PORT_EMULATE`, `""` if unset.
+        numpy: NumPy is installed, which the emulator computes with.
     """
 
     device_type: str = "cpu"
@@ -151,6 +154,7 @@ class Environment:
     triton: TritonInfo | None = None
     interpreter: bool = False
     emulate: str = ""
+    numpy: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,61 +1,37 @@
-"""The backend `rocm`: Triton kernels tuned for AMD GPUs on their own terms."""
+"""The backend `rocm`: the Triton kernels on AMD GPUs, real, emulated or interpreted."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-from nsa_port.backends.interface import Environment, Problem, Reason
-from nsa_port.backends.triton_checks import dtype_reasons, triton_reasons
+from nsa_port.backends.interface import PARTS, Environment, Problem, Reason
+from nsa_port.backends.triton_checks import dtype_reasons, head_dim_reasons, triton_reasons
 
 ARCHITECTURES = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
+"""Those that the suite has run on, emulated."""
+
 _LEAST_TRITON = "3.6"
 
 
 class RocmBackend:
     name = "rocm"
-    level = 0
-    kernels: Mapping[str, str] = {}
+    level = 3
+    conforming: Collection[str] = ()
+    """The architectures on whose hardware the suite passed; automatic choice takes no other."""
+    kernels: Mapping[str, str] = dict.fromkeys(("mean_compress", *PARTS), "nsa_port.kernels.triton")
 
     def is_native(self, environment: Environment) -> bool:
         return environment.device_type == "cuda" and environment.hip_version is not None
 
     def machine_reasons(self, environment: Environment) -> tuple[Reason, ...]:
-        found: list[Reason] = []
-        if not self.kernels:
-            found.append(
-                Reason(
-                    "no_kernels",
-                    "this version of nsa_port has no kernels for rocm",
-                    value="none",
-                    bound="at least one operator",
-                    remedy="use the backend torch, or a newer nsa_port",
-                )
-            )
-        on_cpu = environment.device_type == "cpu"
-        instead = environment.interpreter or environment.emulate
-        if not (on_cpu and instead) and not self.is_native(environment):
-            found.append(
-                Reason(
-                    "no_device",
-                    f"the tensors are on {environment.device_name or environment.device_type}, "
-                    "not on an AMD GPU",
-                    value=environment.device_name or environment.device_type,
-                    bound="an AMD GPU under ROCm, or CPU tensors with TRITON_INTERPRET=1 or "
-                    "NSA_PORT_EMULATE=<arch>",
-                    remedy="move the tensors to an AMD GPU, or use the backend torch",
-                )
-            )
-        arch = environment.arch if self.is_native(environment) else environment.emulate
-        if arch and arch not in ARCHITECTURES:
-            found.append(
-                Reason(
-                    "arch_untuned",
-                    f"{arch} has no table of its own",
-                    value=arch,
-                    bound=", ".join(ARCHITECTURES),
-                    remedy="use the backend torch",
-                )
-            )
+        if self.is_native(environment):
+            found = self._gpu_reasons(environment.arch)
+        elif environment.device_type == "cpu" and environment.emulate:
+            found = _emulator_reasons(environment)
+        elif environment.device_type == "cpu" and environment.interpreter:
+            found = ()
+        else:
+            found = (_no_device(environment),)
         return (
             *found,
             *triton_reasons(
@@ -63,9 +39,86 @@ class RocmBackend:
             ),
         )
 
+    def _gpu_reasons(self, arch: str) -> tuple[Reason, ...]:
+        """Only soft ones: any GPU that Triton compiles for may be tried.
+
+        Partitions of a GPU (CPX, NPS4) have fewer compute units and less memory, and its
+        architecture, which is all that counts here.
+        """
+        if arch in self.conforming:
+            return ()
+        untuned = Reason(
+            "arch_untuned",
+            f"{arch or 'the GPU'} has no tuned table, so that the generic one would answer",
+            value=arch or "unknown",
+            bound=", ".join(ARCHITECTURES),
+            remedy="force it to try: backend='rocm'",
+            soft=True,
+        )
+        unproven = Reason(
+            "not_conforming",
+            f"the suite has not passed on the hardware of {arch or 'this GPU'}, only emulated",
+            value="no recorded run",
+            bound=", ".join(self.conforming) or "a recorded run; there is none for any AMD GPU",
+            remedy="check it with `nsa-port conformance --backend rocm`, then force it: "
+            "backend='rocm'",
+            soft=True,
+        )
+        return (unproven,) if arch in ARCHITECTURES else (untuned, unproven)
+
     def call_reasons(self, environment: Environment, problem: Problem) -> tuple[Reason, ...]:
-        interpreted = environment.interpreter and not environment.emulate
-        return dtype_reasons(self.name, problem, bfloat16=not interpreted)
+        interpreted = environment.interpreter and environment.device_type == "cpu"
+        return (
+            *dtype_reasons(self.name, problem, bfloat16=not interpreted),
+            *head_dim_reasons(problem),
+        )
+
+
+def _emulator_reasons(environment: Environment) -> tuple[Reason, ...]:
+    found = []
+    if environment.emulate not in ARCHITECTURES:
+        found.append(
+            Reason(
+                "arch_not_emulated",
+                f"NSA_PORT_EMULATE={environment.emulate} names no emulated GPU",
+                value=environment.emulate,
+                bound=", ".join(ARCHITECTURES),
+                remedy="set NSA_PORT_EMULATE to one of them",
+            )
+        )
+    if environment.interpreter:
+        found.append(
+            Reason(
+                "emulated_and_interpreted",
+                "TRITON_INTERPRET=1 keeps Triton from compiling what the emulator runs",
+                value=f"TRITON_INTERPRET=1 and NSA_PORT_EMULATE={environment.emulate}",
+                bound="one of the two",
+                remedy="unset either",
+            )
+        )
+    if not environment.numpy:
+        found.append(
+            Reason(
+                "numpy_missing",
+                "the emulator computes with NumPy",
+                value="not installed",
+                bound="numpy",
+                remedy="pip install nsa-port[emulate]",
+            )
+        )
+    return tuple(found)
+
+
+def _no_device(environment: Environment) -> Reason:
+    where = environment.device_name or environment.device_type
+    return Reason(
+        "no_device",
+        f"the tensors are on {where}, not on an AMD GPU",
+        value=where,
+        bound="an AMD GPU under ROCm, or CPU tensors with TRITON_INTERPRET=1 or "
+        "NSA_PORT_EMULATE=<arch>",
+        remedy="move the tensors to an AMD GPU, or use the backend torch",
+    )
 
 
 BACKEND = RocmBackend()

@@ -10,6 +10,7 @@ from packaging.version import InvalidVersion, Version
 from nsa_port.backends.interface import Environment, Problem, Reason
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LARGEST_HEAD = 256
 
 
 def triton_reasons(
@@ -80,6 +81,22 @@ def dtype_reasons(name: str, problem: Problem, *, bfloat16: bool = True) -> tupl
             value=str(problem.dtype),
             bound=", ".join(map(str, allowed)),
             remedy="convert the tensors, or backend='torch'",
+        ),
+    )
+
+
+def head_dim_reasons(problem: Problem) -> tuple[Reason, ...]:
+    """Why the head dimensions do not run: no tuned table has an entry for larger ones."""
+    largest = max(problem.key_dim, problem.value_dim)
+    if largest <= LARGEST_HEAD:
+        return ()
+    return (
+        Reason(
+            "head_dim_too_large",
+            f"the largest head dimension is {largest}",
+            value=str(largest),
+            bound=f"at most {LARGEST_HEAD}",
+            remedy="backend='torch'",
         ),
     )
 

@@ -45,7 +45,7 @@ def forward(
 ) -> WholeForward:
     """Run the parts one after the other."""
     where = (config, layout, scale)
-    run = {operator: kernel(backend, operator) for operator, backend in chosen.items()}
+    run = {operator: kernel(backend, operator, q.device) for operator, backend in chosen.items()}
     o_cmp, lse_cmp = run["compressed_attention"](q, k_cmp, v_cmp, *where)
     idx = run["select_blocks"](q, k_cmp, lse_cmp, *where)
     o_slc, lse_slc = run["selected_attention"](q, k_slc, v_slc, idx, *where)
@@ -76,7 +76,7 @@ def backward(
     """Run the parts' backwards and add up the three gradients of q."""
     where = (config, layout, scale)
     run = {
-        operator: kernel(backend, operator, "_backward")
+        operator: kernel(backend, operator, q.device, "_backward")
         for operator, backend in chosen.items()
         if operator != "select_blocks"
     }

@@ -44,6 +44,12 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
+def emulated_architecture(backend: str, environment: Environment) -> str:
+    """The AMD architecture that the backend's kernels are emulated on, `""` if they are not."""
+    emulates = backend == "rocm" and environment.device_type == "cpu"
+    return environment.emulate if emulates else ""
+
+
 @functools.lru_cache(maxsize=64)
 def _probe(device_type: str, index: int | None, *, interpreter: bool, emulate: str) -> Environment:
     name, arch, shared_memory, processors = "", "", 0, 0
@@ -70,6 +76,7 @@ def _probe(device_type: str, index: int | None, *, interpreter: bool, emulate: s
         triton=find_triton(),
         interpreter=interpreter,
         emulate=emulate,
+        numpy=importlib.util.find_spec("numpy") is not None,
     )
 
 

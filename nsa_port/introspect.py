@@ -16,7 +16,10 @@ from nsa_port.kernels.geometry import Layout, NSAConfig
 
 @dataclass(frozen=True, slots=True)
 class BackendStatus:
-    """Whether a backend can run anything on this machine, and every reason if not."""
+    """Whether a backend can run anything on this machine, and every reason if not.
+
+    One with soft reasons alone is available to whoever forces it.
+    """
 
     name: str
     available: bool
@@ -25,9 +28,11 @@ class BackendStatus:
     reasons: tuple[Reason, ...]
 
     def __str__(self) -> str:
+        head = f"{self.name}: not available"
         if self.available:
-            return f"{self.name}: available on {self.device}, level {self.level}"
-        return "\n".join([f"{self.name}: not available", *(f"  {why}" for why in self.reasons)])
+            forced = " when forced" if self.reasons else ""
+            head = f"{self.name}: available on {self.device}{forced}, level {self.level}"
+        return "\n".join([head, *(f"  {why}" for why in self.reasons)])
 
 
 def backends() -> tuple[BackendStatus, ...]:
@@ -44,8 +49,8 @@ def _status(backend: Backend) -> BackendStatus:
     devices = [default] if default.type == "cpu" else [default, torch.device("cpu")]
     found = [backend.machine_reasons(machine.probe(device)) for device in devices]
     for device, reasons in zip(devices, found, strict=True):
-        if not reasons:
-            return BackendStatus(backend.name, True, backend.level, device.type, ())
+        if all(reason.soft for reason in reasons):
+            return BackendStatus(backend.name, True, backend.level, device.type, reasons)
     return BackendStatus(backend.name, False, backend.level, "", found[0])
 
 

@@ -77,13 +77,14 @@ def _run(problem: Problem, device: torch.device, backend: str, *args: Any) -> tu
     """The result of the chosen backend's kernel, and the backend's name."""
     chosen = registry.choose(problem, device, backend)
     with _kernels_only(device):
-        return registry.kernel(chosen, problem.operator)(*args), chosen.name
+        return registry.kernel(chosen, problem.operator, device)(*args), chosen.name
 
 
 def _run_backward(operator: str, backend: str, problem: Problem, *args: Any) -> Any:
-    chosen = registry.choose(problem, args[0].device, backend)
-    with _kernels_only(args[0].device):
-        return registry.kernel(chosen, operator, "_backward")(*args)
+    device = args[0].device
+    chosen = registry.choose(problem, device, backend)
+    with _kernels_only(device):
+        return registry.kernel(chosen, operator, device, "_backward")(*args)
 
 
 def _one_device(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
@@ -451,7 +452,7 @@ def nsa_attention(*args: Any) -> WholeForward:
     with _kernels_only(q.device):
         fused = compose.fused_backend(chosen)
         if fused is not None:
-            result: WholeForward = registry.kernel(fused, "nsa_attention")(*given)
+            result: WholeForward = registry.kernel(fused, "nsa_attention", q.device)(*given)
         else:
             result = compose.forward(chosen, *given)
     _ran[result.lse] = compose.describe(chosen)
@@ -489,7 +490,8 @@ def nsa_attention_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     with _kernels_only(q.device):
         fused = compose.fused_backend(chosen)
         if fused is not None:
-            *grads, dgates = registry.kernel(fused, "nsa_attention", "_backward")(*given)
+            run = registry.kernel(fused, "nsa_attention", q.device, "_backward")
+            *grads, dgates = run(*given)
         else:
             *grads, dgates = compose.backward(chosen, *given)
     return (*grads, _sum_to(dgates, gates))

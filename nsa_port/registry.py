@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -235,8 +236,10 @@ class Choice:
         return dict(self.rejected).get(name, ())
 
 
-def reasons(backend: Backend, environment: Environment, problem: Problem) -> tuple[Reason, ...]:
-    """Every reason why `backend` does not run `problem` here."""
+def reasons(
+    backend: Backend, environment: Environment, problem: Problem, *, forced: bool = False
+) -> tuple[Reason, ...]:
+    """Every reason why `backend` does not run `problem` here; soft ones do not count if forced."""
     found = backend.machine_reasons(environment)
     operators: tuple[str, ...] = (problem.operator,)
     if problem.operator == "nsa_attention" and "nsa_attention" not in backend.kernels:
@@ -252,7 +255,8 @@ def reasons(backend: Backend, environment: Environment, problem: Problem) -> tup
                 remedy=f"NSA_PORT_BACKEND={backend.name},{missing[0]}=torch",
             ),
         )
-    return (*found, *backend.call_reasons(environment, problem))
+    found = (*found, *backend.call_reasons(environment, problem))
+    return tuple(reason for reason in found if not (forced and reason.soft))
 
 
 def select(
@@ -267,7 +271,7 @@ def select(
     rejected: list[tuple[str, tuple[Reason, ...]]] = []
     passed_over: list[str] = []
     for backend in backends:
-        against = reasons(backend, environment, problem)
+        against = reasons(backend, environment, problem, forced=backend.name == forced)
         wanted = backend.name == forced if forced else backend.is_native(environment)
         if chosen is None and wanted and not against:
             chosen = backend
@@ -321,7 +325,8 @@ def _first_choice(
     environment, name = machine.probe(device), _requested(problem, request, part=part)
     for backend in table():
         if backend.name == name or (name in (None, "auto") and backend.is_native(environment)):
-            return None if reasons(backend, environment, problem) else backend
+            forced = backend.name == name
+            return None if reasons(backend, environment, problem, forced=forced) else backend
     return None
 
 
@@ -347,8 +352,8 @@ def choose_parts(problem: Problem, device: torch.device, request: str) -> dict[s
     }
 
 
-def kernel(backend: Backend, operator: str, suffix: str = "") -> Callable:
-    """The function that runs `operator` (its backward with suffix `_backward`)."""
+def kernel(backend: Backend, operator: str, device: torch.device, suffix: str = "") -> Callable:
+    """The function that runs `operator` (its backward with suffix `_backward`) on `device`."""
     module = importlib.import_module(backend.kernels[operator])
     function: Callable | None = getattr(module, operator + suffix, None)
     if function is None:
@@ -361,7 +366,19 @@ def kernel(backend: Backend, operator: str, suffix: str = "") -> Callable:
             remedy=f"NSA_PORT_BACKEND={backend.name},{operator}=torch",
         )
         raise BackendUnavailable(str(reason), (reason,))
-    return function
+    architecture = machine.emulated_architecture(backend.name, machine.probe(device))
+    return _on_emulated(architecture, function) if architecture else function
+
+
+def _on_emulated(architecture: str, function: Callable) -> Callable:
+    """The function with its kernels launched on an emulated GPU, and Triton's driver kept."""
+    from nsa_port.emulator import using  # needs numpy and triton: nobody else may import it
+
+    def run(*args: Any) -> Any:
+        with using(architecture):
+            return function(*args)
+
+    return run
 
 
 def _failure(choice: Choice) -> str:

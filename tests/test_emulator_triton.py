@@ -178,11 +178,12 @@ def test_the_previous_driver_comes_back() -> None:
 
 def test_the_session_in_use_is_kept() -> None:
     with emulator.emulated("gfx942") as session:
-        assert emulator.ensure_active("gfx942") is session
-        other = emulator.ensure_active("gfx1100")
-        assert other.architecture.name == "gfx1100"
-        assert emulator.ensure_active("gfx1100") is other
-        emulator.deactivate()
+        with emulator.using("gfx942") as same:
+            assert same is session
+        with emulator.using("gfx1100") as other, emulator.using("gfx1100") as again:
+            assert other.architecture.name == "gfx1100"
+            assert again is other
+        assert triton.runtime.driver.active.session is session
 
 
 def test_autotuning_goes_by_executed_instructions() -> None:

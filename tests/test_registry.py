@@ -8,23 +8,22 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 import nsa_port
-from nsa_port import environment, registry, settings
+from nsa_port import emulator, environment, registry, settings
 from nsa_port.backends.cuda import CudaBackend
 from nsa_port.backends.interface import (
-    OPERATORS,
     Backend,
     Environment,
     Problem,
     Reason,
     TritonInfo,
 )
-from nsa_port.backends.rocm import RocmBackend
+from nsa_port.backends.rocm import ARCHITECTURES, RocmBackend
 from nsa_port.backends.torch import TorchBackend
 
 BOTH = ("amd", "nvidia")
@@ -57,6 +56,8 @@ MACHINES = {
     ),
     "radeon": replace(MI300X, device_name="AMD Radeon RX 7900 XTX", arch="gfx1100"),
     "unknown gfx": replace(MI300X, device_name="AMD Radeon RX 6400", arch="gfx1034"),
+    "amd, no triton": replace(MI300X, triton=None),
+    "amd, nvidia's triton": replace(MI300X, triton=TritonInfo("3.6.0", ("nvidia",), ("triton",))),
     "nvidia, no triton": replace(H200, triton=None),
     "old nvidia": replace(H200, device_name="Tesla V100-SXM2-16GB", arch="sm_70"),
     "calls itself cuda": replace(
@@ -75,23 +76,35 @@ MACHINES = {
     "cpu, interpreter": Environment(
         triton=TritonInfo("3.6.0", BOTH, ("triton",)), interpreter=True
     ),
+    "cpu, emulator": Environment(triton=TritonInfo("3.6.0", BOTH, ("triton",)), emulate="gfx942"),
+    "cpu, emulator without numpy": Environment(
+        triton=TritonInfo("3.6.0", BOTH, ("triton",)), emulate="gfx942", numpy=False
+    ),
+    "cpu, emulator without triton": Environment(emulate="gfx942"),
+    "cpu, emulator of an old gpu": Environment(
+        triton=TritonInfo("3.6.0", BOTH, ("triton",)), emulate="gfx803"
+    ),
+    "cpu, emulator and interpreter": Environment(
+        triton=TritonInfo("3.6.0", BOTH, ("triton",)), emulate="gfx942", interpreter=True
+    ),
     "two tritons": replace(
         MI300X, triton=TritonInfo("3.6.0", ("nvidia",), ("triton", "pytorch-triton-rocm"))
     ),
 }
 
 
-def with_kernels(backend: CudaBackend | RocmBackend) -> Backend:
-    """The backend as if every operator had a kernel, so that only the machine decides."""
-    backend.kernels = dict.fromkeys(OPERATORS, "some.module")
+def proven(backend: CudaBackend | RocmBackend) -> Backend:
+    """The backend as if the suite had passed on its hardware, so that only the machine decides."""
     if isinstance(backend, CudaBackend):
         backend.conforms = True
+    else:
+        backend.conforming = ARCHITECTURES
     return backend
 
 
 BACKENDS: tuple[Backend, ...] = (
-    with_kernels(CudaBackend()),
-    with_kernels(RocmBackend()),
+    proven(CudaBackend()),
+    proven(RocmBackend()),
     TorchBackend(),
 )
 PROBLEM = Problem(
@@ -121,6 +134,8 @@ def codes(machine: str, backend: str, problem: Problem = PROBLEM) -> set[str]:
         ("mi250, old triton", "torch", ("rocm",)),
         ("radeon", "rocm", ()),
         ("unknown gfx", "torch", ("rocm",)),
+        ("amd, no triton", "torch", ("rocm",)),
+        ("amd, nvidia's triton", "torch", ("rocm",)),
         ("nvidia, no triton", "torch", ("cuda",)),
         ("old nvidia", "torch", ("cuda",)),
         ("calls itself cuda", "torch", ()),
@@ -129,6 +144,7 @@ def codes(machine: str, backend: str, problem: Problem = PROBLEM) -> set[str]:
         ("mac", "torch", ()),
         ("cpu", "torch", ()),
         ("cpu, interpreter", "torch", ()),
+        ("cpu, emulator", "torch", ()),
         ("two tritons", "torch", ("rocm",)),
     ],
 )
@@ -147,7 +163,23 @@ def test_automatic_choice_on_each_machine(
         ("h200", "torch", {"not_chosen"}),
         ("mi300x", "cuda", {"no_device"}),
         ("mi250, old triton", "rocm", {"triton_too_old"}),
-        ("unknown gfx", "rocm", {"arch_untuned"}),
+        ("unknown gfx", "rocm", {"arch_untuned", "not_conforming"}),
+        ("amd, no triton", "rocm", {"triton_missing"}),
+        ("amd, nvidia's triton", "rocm", {"triton_lacks_compiler"}),
+        ("cpu", "rocm", {"no_device"}),
+        ("ascend", "rocm", {"no_device", "triton_too_old", "triton_lacks_compiler"}),
+        ("calls itself cuda", "rocm", {"no_device", "triton_too_old", "triton_lacks_compiler"}),
+        ("cpu, emulator", "rocm", {"not_chosen"}),
+        ("cpu, emulator", "cuda", {"no_device"}),
+        ("cpu, emulator without numpy", "rocm", {"numpy_missing"}),
+        ("cpu, emulator without triton", "rocm", {"triton_missing"}),
+        ("cpu, emulator of an old gpu", "rocm", {"arch_not_emulated"}),
+        (
+            "cpu, emulator and interpreter",
+            "rocm",
+            {"emulated_and_interpreted", "dtype_unsupported"},
+        ),
+        ("cpu, interpreter", "rocm", {"dtype_unsupported"}),
         ("nvidia, no triton", "cuda", {"triton_missing"}),
         ("old nvidia", "cuda", {"arch_too_old"}),
         (
@@ -175,10 +207,69 @@ def test_kernels_that_never_conformed_on_a_gpu_run_in_the_interpreter_alone() ->
     assert registry.select(backends, MACHINES["cpu, interpreter"], problem, "cuda").backend
 
 
-def test_head_dimensions_past_the_kernels_tiles_are_refused() -> None:
-    choice = registry.select(BACKENDS, H200, replace(PROBLEM, key_dim=320), "cuda")
-    (reason,) = choice.reasons_against("cuda")
+@pytest.mark.parametrize(("machine", "backend"), [("h200", "cuda"), ("mi300x", "rocm")])
+def test_head_dimensions_past_the_kernels_tiles_are_refused(machine: str, backend: str) -> None:
+    choice = registry.select(BACKENDS, MACHINES[machine], replace(PROBLEM, key_dim=320), backend)
+    (reason,) = choice.reasons_against(backend)
     assert (reason.code, reason.value) == ("head_dim_too_large", "320")
+
+
+@pytest.mark.parametrize("machine", ["mi300x", "mi300x in a chiplet partition", "radeon"])
+def test_an_amd_gpu_on_which_the_suite_never_passed_is_taken_only_when_forced(machine: str) -> None:
+    backends = (RocmBackend(), TorchBackend())
+    automatic = registry.select(backends, MACHINES[machine], PROBLEM, None)
+    assert automatic.backend is backends[1]
+    assert automatic.passed_over == ("rocm",)
+    assert [why.code for why in automatic.reasons_against("rocm")] == ["not_conforming"]
+    assert registry.select(backends, MACHINES[machine], PROBLEM, "rocm").backend is backends[0]
+
+
+def test_an_unknown_gfx_runs_when_forced_with_the_generic_table() -> None:
+    pytest.importorskip("triton")
+    from nsa_port.kernels.triton import host
+
+    choice = registry.select(BACKENDS, MACHINES["unknown gfx"], PROBLEM, "rocm")
+    assert choice.backend is BACKENDS[1]
+    assert host.load_table("gfx1034") == host.load_table("generic")
+
+
+def test_forcing_overrides_no_reason_that_is_not_soft() -> None:
+    machine = replace(MACHINES["unknown gfx"], triton=None)
+    choice = registry.select(BACKENDS, machine, PROBLEM, "rocm")
+    assert choice.backend is None
+    assert [why.code for why in choice.reasons_against("rocm")] == ["triton_missing"]
+
+
+def test_a_call_on_an_unproven_gpu_warns_and_says_how_to_force(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(registry, "_told", set())
+    monkeypatch.setattr(environment, "probe", lambda device: MACHINES["mi300x"])
+    with pytest.warns(nsa_port.NSAPortWarning, match="backend='rocm'"):
+        combine()
+    forced = registry.choose(replace(PROBLEM, operator="combine"), torch.device("cpu"), "rocm")
+    assert forced.name == "rocm"
+
+
+@pytest.mark.parametrize(
+    ("name", "arch"), [("gfx942:sramecc+:xnack-", "gfx942"), ("gfx1100", "gfx1100")]
+)
+def test_an_amd_architecture_is_told_without_its_features(
+    name: str, arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Partitions (CPX, NPS4) change the compute units and the memory, never this name."""
+    properties = SimpleNamespace(
+        name="AMD Instinct MI300X", gcnArchName=name, multi_processor_count=38
+    )
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    probe = environment._probe.__wrapped__
+    found = probe("cuda", 0, interpreter=False, emulate="")
+    assert (found.arch, found.processors) == (arch, 38)
+
+
+def test_what_rocm_lists_is_what_is_emulated() -> None:
+    assert tuple(emulator.ARCHITECTURES) == ARCHITECTURES
 
 
 def test_every_reason_has_a_value_a_bound_and_a_remedy() -> None:
@@ -189,23 +280,53 @@ def test_every_reason_has_a_value_a_bound_and_a_remedy() -> None:
                 assert reason.code == "not_chosen" or (reason.value and reason.bound), reason
 
 
-def test_interpreter_is_taken_only_when_forced() -> None:
+@pytest.mark.parametrize(
+    ("machine", "backend"),
+    [
+        ("cpu, interpreter", "cuda"),
+        ("cpu, interpreter", "rocm"),
+        ("cpu, emulator", "rocm"),
+    ],
+)
+def test_what_stands_in_for_hardware_is_taken_only_when_forced(machine: str, backend: str) -> None:
     problem = replace(PROBLEM, dtype=torch.float32)
-    machine = MACHINES["cpu, interpreter"]
-    automatic = registry.select(BACKENDS, machine, problem, None)
-    forced = registry.select(BACKENDS, machine, problem, "cuda")
+    automatic = registry.select(BACKENDS, MACHINES[machine], problem, None)
+    forced = registry.select(BACKENDS, MACHINES[machine], problem, backend)
     assert automatic.backend is not None
     assert automatic.backend.name == "torch"
+    assert automatic.passed_over == ()
     assert forced.backend is not None
-    assert forced.backend.name == "cuda"
+    assert forced.backend.name == backend
 
 
-def test_emulation_of_an_architecture_without_a_table_is_refused_with_the_list() -> None:
-    machine = replace(MACHINES["cpu"], emulate="gfx803")
-    choice = registry.select(BACKENDS, machine, PROBLEM, "rocm")
+def test_emulation_takes_bfloat16_and_interpretation_does_not() -> None:
+    assert codes("cpu, emulator", "rocm") == {"not_chosen"}
+    assert codes("cpu, interpreter", "rocm") == {"dtype_unsupported"}
+
+
+def test_emulating_an_unknown_architecture_is_refused_with_the_list() -> None:
+    choice = registry.select(BACKENDS, MACHINES["cpu, emulator of an old gpu"], PROBLEM, "rocm")
     (reason,) = choice.reasons_against("rocm")
-    assert (reason.code, reason.value) == ("arch_untuned", "gfx803")
+    assert (reason.code, reason.value) == ("arch_not_emulated", "gfx803")
     assert "gfx942" in reason.bound
+
+
+def test_a_gpu_is_never_emulated_whatever_the_variable_says() -> None:
+    """Its tensors run on the GPU: `NSA_PORT_EMULATE` is for CPU tensors."""
+    machine = replace(MI300X, emulate="gfx90a")
+    assert environment.emulated_architecture("rocm", machine) == ""
+    assert registry.select(BACKENDS, machine, PROBLEM, "rocm").backend is BACKENDS[1]
+    cpu = MACHINES["cpu, emulator"]
+    assert environment.emulated_architecture("rocm", cpu) == "gfx942"
+    assert environment.emulated_architecture("cuda", cpu) == ""
+
+
+def test_a_wrong_architecture_fails_the_forced_call_with_the_list(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("NSA_PORT_EMULATE", "gfx94")
+    with pytest.raises(nsa_port.BackendUnavailable, match=r"gfx94 names no.*gfx90a, gfx942"):
+        combine("rocm")
 
 
 def test_forced_backend_never_falls_back() -> None:
@@ -396,7 +517,8 @@ def test_a_broken_plugin_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_missing_operator_is_a_reason_with_the_way_around() -> None:
-    backend = with_kernels(CudaBackend())
+    backend = CudaBackend()
+    backend.conforms = True
     backend.kernels = {"combine": "some.module"}
     choice = registry.select((backend, TorchBackend()), H200, PROBLEM, "cuda")
     (reason,) = choice.reasons_against("cuda")

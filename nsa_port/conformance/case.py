@@ -188,10 +188,11 @@ def outcome_of(context: Context) -> str:
 def stand_in(backend: Backend, device: torch.device) -> str:
     """What runs the backend's kernels instead of its hardware: `""` if nothing does."""
     environment = machine.probe(device)
+    architecture = machine.emulated_architecture(backend.name, environment)
+    if architecture:
+        return f"emulated {architecture}"
     if backend.is_native(environment) or device.type != "cpu":
         return ""
-    if environment.emulate and backend.name == "rocm":
-        return f"emulated {environment.emulate}"
     return "Triton's interpreter" if environment.interpreter else ""
 
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
         activate,
         deactivate,
         emulated,
-        ensure_active,
+        using,
     )
 
 __all__ = [
@@ -60,10 +60,10 @@ __all__ = [
     "activate",
     "deactivate",
     "emulated",
-    "ensure_active",
+    "using",
 ]
 
-_FROM_DRIVER = ("Launch", "Session", "activate", "deactivate", "emulated", "ensure_active")
+_FROM_DRIVER = ("Launch", "Session", "activate", "deactivate", "emulated", "using")
 
 
 def __getattr__(name: str) -> object:

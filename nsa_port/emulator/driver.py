@@ -306,16 +306,6 @@ def activate(
     return session
 
 
-def ensure_active(architecture: str) -> Session:
-    """The session of that GPU: the current one if it is emulated already, else a new one.
-
-    For a backend that cannot know whether it is called first; nothing needs to be undone.
-    """
-    if _active and _active[-1][0].session.architecture.name == architecture:
-        return _active[-1][0].session
-    return activate(architecture)
-
-
 def deactivate() -> None:
     """Undo the last `activate`; without one, do nothing."""
     if _active:
@@ -334,3 +324,16 @@ def emulated(
         yield session
     finally:
         deactivate()
+
+
+@contextmanager
+def using(architecture: str) -> Iterator[Session]:
+    """The session of that GPU: the current one if it is emulated already, else a new one.
+
+    For a backend, whose caller may have set up a session of his own with other options.
+    """
+    if _active and _active[-1][0].session.architecture.name == architecture:
+        yield _active[-1][0].session
+        return
+    with emulated(architecture, keep=False) as session:
+        yield session
