@@ -90,8 +90,8 @@ def tuned_to(changes: dict[str, dict[str, int]]) -> Iterator[None]:
 
     original = host.tuned
 
-    def changed(arch: str, kernel: str, element_size: int, largest_dim: int) -> dict[str, int]:
-        entry = original(arch, kernel, element_size, largest_dim)
+    def changed(arch: str, kernel: str, *sizes: int) -> dict[str, int]:
+        entry = original(arch, kernel, *sizes)
         return {**entry, **changes.get(kernel, {})}
 
     modules = (interval, interval_backward, selected, selected_backward, selection)
@@ -190,8 +190,8 @@ def also_tuned_to(kernel: str, change: dict[str, int]) -> Iterator[None]:
 
     current = selected.tuned
 
-    def changed(arch: str, name: str, element_size: int, largest_dim: int) -> dict[str, int]:
-        entry = current(arch, name, element_size, largest_dim)
+    def changed(arch: str, name: str, *sizes: int) -> dict[str, int]:
+        entry = current(arch, name, *sizes)
         return {**entry, **change} if name == kernel else entry
 
     selected.tuned = changed

@@ -155,8 +155,8 @@ def by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """Selected attention by block whatever the size, with short segments and several chunks."""
     tuned = host.tuned
 
-    def changed(arch: str, kernel: str, element_size: int, largest_dim: int) -> dict[str, int]:
-        entry = dict(tuned(arch, kernel, element_size, largest_dim))
+    def changed(arch: str, kernel: str, *sizes: int) -> dict[str, int]:
+        entry = dict(tuned(arch, kernel, *sizes))
         if kernel == "selected_by_block":
             entry.update(fewest_queries=0, largest_group=64)
         if "segment" in entry:

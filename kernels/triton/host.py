@@ -7,7 +7,7 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,9 +30,7 @@ def split_head(dim: int) -> HeadSplit:
     """The cut that pads least: 192 is 128 + 64, 80 is 64 + 32, 100 is one tile of 128.
 
     Matrix units want at least 16 columns. Only multiples of 16 are cut, and not into parts below
-    32 columns: the rows of other dimensions are not aligned enough to be copied asynchronously, and
-    ptxas 12.8, which triton 3.6 carries, miscompiles what that leads to on Hopper (it reads an
-    operand's descriptor from a register that it has not written).
+    32 columns: the rows of other dimensions are not aligned enough to be copied asynchronously.
     """
     whole = max(16, triton.next_power_of_2(dim))
     main, rest = whole // 2, max(32, triton.next_power_of_2(max(1, dim - whole // 2)))
@@ -100,27 +98,36 @@ def _arch_of_device(index: int) -> str:
 
 
 @cache
-def tuned(arch: str, kernel: str, element_size: int, largest_dim: int) -> dict[str, int]:
+def tuned(
+    arch: str, kernel: str, element_size: int, key_dim: int, value_dim: int | None = None
+) -> dict[str, int]:
     """The tuned values of a kernel: the first entry of the architecture's table that fits.
 
-    An entry fits when the element is at most its `element_size` bytes wide and the largest head
-    dimension at most its `head_dim`. Architectures without a table take `generic`'s.
+    An entry fits when the element is at most its `element_size` bytes wide and the larger head
+    dimension at most its `head_dim`. One with `exact_dims` is for these pairs of key and value
+    dimensions alone: wgmma entries have them, because ptxas 12.8, which triton 3.6 carries,
+    miscompiles some others (it reads an operand's descriptor from a register that it has not
+    written). Architectures without a table take `generic`'s.
 
     Raises:
         ValueError: the head dimension is larger than any entry's.
     """
+    pair = (key_dim, key_dim if value_dim is None else value_dim)
     for entry in load_table(arch)[kernel]:
-        if element_size <= entry["element_size"] and largest_dim <= entry["head_dim"]:
-            return {name: value for name, value in entry.items() if name not in _CONDITIONS}
-    raise ValueError(f"{kernel}: no entry for head dimension {largest_dim} on {arch or 'generic'}")
+        if element_size > entry["element_size"] or max(pair) > entry["head_dim"]:
+            continue
+        if "exact_dims" in entry and list(pair) not in entry["exact_dims"]:
+            continue
+        return {name: value for name, value in entry.items() if name not in _CONDITIONS}
+    raise ValueError(f"{kernel}: no entry for head dimension {max(pair)} on {arch or 'generic'}")
 
 
 @cache
-def load_table(arch: str) -> dict[str, list[dict[str, int]]]:
+def load_table(arch: str) -> dict[str, list[dict[str, Any]]]:
     """The tuned table of an architecture, `generic` for one that has none."""
     path = _TABLES / f"{arch or 'generic'}.json"
     text = (path if path.exists() else _TABLES / "generic.json").read_text(encoding="utf-8")
     return dict(json.loads(text)["kernels"])
 
 
-_CONDITIONS = ("element_size", "head_dim")
+_CONDITIONS = ("element_size", "head_dim", "exact_dims")

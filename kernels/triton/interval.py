@@ -62,7 +62,7 @@ def _interval_attention(
     lse = torch.empty((B, T, H), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    config = tuned(arch_of(q), "interval_forward", q.element_size(), max(Dk, Dv))
+    config = tuned(arch_of(q), "interval_forward", q.element_size(), Dk, Dv)
     # Few queries, as in decoding: fill the tile with the heads that share these keys instead.
     heads = G if config["BLOCK_M"] >= T * 2 and config["BLOCK_M"] >= G else 1
     tiles = cut_tiles(T, config["BLOCK_M"] // heads, layout.cu_seqlens)

@@ -99,14 +99,14 @@ def _interval_backward(
     G = H // HK
     grad_out = last_contiguous(grad_out)
     lse_log2, delta = backward_rows(grad_out, grad_lse, out, lse, by_head=True)
-    largest, arch = max(Dk, Dv), arch_of(q)
+    arch = arch_of(q)
     rows = (grad_out, q, k, v, lse_log2, delta)
     all_strides = (*strides(grad_out), *strides(q), *strides(k), *strides(v))
     heads = split_arguments(split_head(Dk), split_head(Dv))
 
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if dq.numel():
-        tuned_dq = tuned(arch, "interval_dq", q.element_size(), largest)
+        tuned_dq = tuned(arch, "interval_dq", q.element_size(), Dk, Dv)
         tiles = cut_tiles(T, tuned_dq["BLOCK_M"], layout.cu_seqlens)
         _interval_dq_kernel[(tiles.count * B * H,)](
             *rows,
@@ -127,7 +127,7 @@ def _interval_backward(
             **tuned_dq,
         )
 
-    tuned_dkdv = tuned(arch, "interval_dkdv", q.element_size(), largest)
+    tuned_dkdv = tuned(arch, "interval_dkdv", q.element_size(), Dk, Dv)
     keys = cut_tiles(S, tuned_dkdv["BLOCK_N"], cu_rows)
     splits = _splits(triton.cdiv(S, tuned_dkdv["BLOCK_N"]) * B * HK, G)
     dtype = torch.float32 if splits > 1 else k.dtype

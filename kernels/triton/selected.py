@@ -53,8 +53,8 @@ def selected_attention(
     with on_device_of(q):
         bounds = query_bounds(Kind.CAUSAL, T, S, config, layout, q.device)
         rows = block_rows(indices, bounds, config.select_block_size)
-        arch, largest = arch_of(q), max(Dk, Dv)
-        tuned_block = tuned(arch, "selected_by_block", q.element_size(), largest)
+        arch = arch_of(q)
+        tuned_block = tuned(arch, "selected_by_block", q.element_size(), Dk, Dv)
         if tuned_block["largest_group"] >= H // HK and tuned_block["fewest_queries"] <= T:
             _by_block(q, k, v, rows, bounds, config, layout, scale, tuned_block, out, lse)
         else:
@@ -99,7 +99,7 @@ def _by_query(
         HEADS=heads,
         NEGATIVE_SCALE=scale < 0,
         **split_arguments(split_head(Dk), split_head(Dv)),
-        **tuned(arch_of(q), "selected_by_query", q.element_size(), max(Dk, Dv)),
+        **tuned(arch_of(q), "selected_by_query", q.element_size(), Dk, Dv),
     )
 
 

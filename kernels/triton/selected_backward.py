@@ -59,7 +59,7 @@ def selected_attention_backward(
         bounds = query_bounds(Kind.CAUSAL, T, S, config, layout, q.device)
         rows = block_rows(indices, bounds, config.select_block_size)
         lse_log2, delta = backward_rows(grad_out, grad_lse, out, lse, by_head=False)
-        values = tuned(arch_of(q), "selected_backward", q.element_size(), max(Dk, Dv))
+        values = tuned(arch_of(q), "selected_backward", q.element_size(), Dk, Dv)
         segment = values["segment"]
         block_n = min(values["BLOCK_N"], max(16, triton.next_power_of_2(config.select_block_size)))
         parts = triton.cdiv(config.select_block_size, block_n)
