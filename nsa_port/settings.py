@@ -12,6 +12,7 @@ VARIABLES = {
     "NSA_PORT_FALLBACK": "what automatic choice does when it passes a backend over: warn or error",
     "NSA_PORT_CHECK": "1 checks the data of device tensors too (synchronises with the device)",
     "NSA_PORT_EMULATE": "AMD architecture that `rocm` emulates for CPU tensors, e.g. gfx942",
+    "NSA_PORT_TABLES": "folder of <arch>.json tables that come before the tuned values shipped",
 }
 
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")

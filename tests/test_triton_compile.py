@@ -12,7 +12,7 @@ if importlib.util.find_spec("triton") is None:
 
 from nsa_port.kernels import triton as kernels
 from nsa_port.kernels.geometry import Layout, NSAConfig
-from nsa_port.kernels.triton import host
+from nsa_port.kernels.tables import shipped_table, tuned_to, values_of
 from tests.compile_only import SHARED_MEMORY, compiling_for
 from tests.machine_code import reads_before_writes
 
@@ -40,7 +40,7 @@ def entries() -> list[tuple[str, str, int, tuple[int, int]]]:
     return [
         (table, kernel, index, tuple(pair))
         for table in TABLES
-        for kernel, rows in host.load_table(table).items()
+        for kernel, rows in shipped_table(table).items()
         for index, row in enumerate(rows)
         for pair in row.get("exact_dims", [_largest_dims(row["head_dim"])])
     ]
@@ -78,16 +78,12 @@ def launch(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, T: int
 
 @pytest.mark.parametrize(("table", "kernel", "index", "dims"), entries(), ids=str)
 def test_every_tuned_entry_fits_its_architecture(
-    table: str, kernel: str, index: int, dims: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    table: str, kernel: str, index: int, dims: tuple[int, int]
 ) -> None:
-    rows = host.load_table(table)
-    row = rows[kernel][index]
-    monkeypatch.setattr(host, "load_table", lambda arch: {**rows, kernel: [row]})
+    row = shipped_table(table)[kernel][index]
     dtype = torch.bfloat16 if row["element_size"] == 2 else torch.float32
-    host.tuned.cache_clear()
-    with compiling_for(TABLES[table]) as builds:
+    with compiling_for(TABLES[table]) as builds, tuned_to({kernel: values_of(row)}):
         launch(kernel, *dims, dtype)
-    host.tuned.cache_clear()
     (build,) = (build for build in builds if build.name == FUNCTIONS[kernel])
     room = LEAST_SHARED_MEMORY if table == "generic" else SHARED_MEMORY[table]
     assert build.shared <= room, f"{build.shared} bytes of shared memory, {room} available"

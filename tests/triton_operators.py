@@ -7,6 +7,7 @@ interprets the kernels on CPU tensors. On a machine with a GPU run it directly, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,8 @@ from torch import Tensor
 from nsa_port import reference
 from nsa_port.kernels import triton as kernels
 from nsa_port.kernels.geometry import Layout, NSAConfig
-from nsa_port.kernels.triton import host, selected, selection
+from nsa_port.kernels.tables import tuned_to
+from nsa_port.kernels.triton import selected, selection
 from tests.bounds_checked import check_bounds
 from tests.eager_cases import (
     CASES,
@@ -151,24 +153,15 @@ def test_branch_and_its_gradients_match_the_reference(operator: str, case: Case)
 
 
 @pytest.fixture
-def by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def by_block(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Selected attention by block whatever the size, with short segments and several chunks."""
-    tuned = host.tuned
-
-    def changed(arch: str, kernel: str, *sizes: int) -> dict[str, int]:
-        entry = dict(tuned(arch, kernel, *sizes))
-        if kernel == "selected_by_block":
-            entry.update(fewest_queries=0, largest_group=64)
-        if "segment" in entry:
-            entry["segment"] = 8
-        return entry
-
-    monkeypatch.setattr(selected, "tuned", changed)
-    monkeypatch.setattr("nsa_port.kernels.triton.selected_backward.tuned", changed)
     monkeypatch.setattr(selected, "query_chunk", lambda T, _: max(1, -(-T // 2)))
     monkeypatch.setattr(
         "nsa_port.kernels.triton.selected_backward.query_chunk", lambda T, _: max(1, -(-T // 2))
     )
+    always = {"fewest_queries": 0, "largest_group": 64, "segment": 8}
+    with tuned_to({"selected_by_block": always, "selected_backward": {"segment": 8}}):
+        yield
 
 
 BY_BLOCK = [

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-LOG2_E = math.log2(math.e)
+from nsa_port.kernels.tables import load_table as load_table
+from nsa_port.kernels.tables import tuned as tuned
 
-_TABLES = Path(__file__).parent.parent / "configs"
+LOG2_E = math.log2(math.e)
 
 
 class HeadSplit(NamedTuple):
@@ -95,39 +94,3 @@ def _arch_of_device(index: int) -> str:
     if torch.version.hip is not None:
         return str(properties.gcnArchName).split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
-
-
-@cache
-def tuned(
-    arch: str, kernel: str, element_size: int, key_dim: int, value_dim: int | None = None
-) -> dict[str, int]:
-    """The tuned values of a kernel: the first entry of the architecture's table that fits.
-
-    An entry fits when the element is at most its `element_size` bytes wide and the larger head
-    dimension at most its `head_dim`. One with `exact_dims` is for these pairs of key and value
-    dimensions alone: wgmma entries have them, because ptxas 12.8, which triton 3.6 carries,
-    miscompiles some others (it reads an operand's descriptor from a register that it has not
-    written). Architectures without a table take `generic`'s.
-
-    Raises:
-        ValueError: the head dimension is larger than any entry's.
-    """
-    pair = (key_dim, key_dim if value_dim is None else value_dim)
-    for entry in load_table(arch)[kernel]:
-        if element_size > entry["element_size"] or max(pair) > entry["head_dim"]:
-            continue
-        if "exact_dims" in entry and list(pair) not in entry["exact_dims"]:
-            continue
-        return {name: value for name, value in entry.items() if name not in _CONDITIONS}
-    raise ValueError(f"{kernel}: no entry for head dimension {max(pair)} on {arch or 'generic'}")
-
-
-@cache
-def load_table(arch: str) -> dict[str, list[dict[str, Any]]]:
-    """The tuned table of an architecture, `generic` for one that has none."""
-    path = _TABLES / f"{arch or 'generic'}.json"
-    text = (path if path.exists() else _TABLES / "generic.json").read_text(encoding="utf-8")
-    return dict(json.loads(text)["kernels"])
-
-
-_CONDITIONS = ("element_size", "head_dim", "exact_dims")
