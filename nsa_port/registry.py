@@ -304,9 +304,13 @@ def choose(problem: Problem, device: torch.device, request: str, *, part: bool =
         BackendUnavailable: the forced backend cannot run it, nothing can, or automatic choice
             would fall back under `NSA_PORT_FALLBACK=error`.
     """
-    backend = _first_choice(problem, device, request, part=part)
-    if backend is not None:
-        return backend
+    name = _requested(problem, _texts(request), part=part)
+    backend = _first_choice(problem, machine.probe(device), name)
+    return backend or _choose_slowly(problem, device, request, part=part)
+
+
+def _choose_slowly(problem: Problem, device: torch.device, request: str, *, part: bool) -> Backend:
+    """Choose where the first backend in question does not take the call: gather all reasons."""
     choice = answer(problem, device, request, part=part)
     if choice.backend is None:
         asked = [found for name, found in choice.rejected if choice.forced in (None, name)]
@@ -315,14 +319,11 @@ def choose(problem: Problem, device: torch.device, request: str, *, part: bool =
     return choice.backend
 
 
-def _first_choice(
-    problem: Problem, device: torch.device, request: str, *, part: bool
-) -> Backend | None:
+def _first_choice(problem: Problem, environment: Environment, name: str | None) -> Backend | None:
     """The backend that `select` would look at first, if it takes the call.
 
     Every call comes by here; `answer` gathers the reasons only when somebody needs them.
     """
-    environment, name = machine.probe(device), _requested(problem, request, part=part)
     for backend in table():
         if backend.name == name or (name in (None, "auto") and backend.is_native(environment)):
             forced = backend.name == name
@@ -332,12 +333,17 @@ def _first_choice(
 
 def answer(problem: Problem, device: torch.device, request: str, *, part: bool) -> Choice:
     """The whole answer for a call: the choice, and every reason against every other backend."""
-    name = _requested(problem, request, part=part)
+    name = _requested(problem, _texts(request), part=part)
     return select(table(), machine.probe(device), problem, name)
 
 
-def _requested(problem: Problem, request: str, *, part: bool) -> str | None:
-    for text in (request, settings.requested_backend()):
+def _texts(request: str) -> tuple[str, str]:
+    """What is asked for, what counts more first: by the call, by the environment variable."""
+    return request, settings.requested_backend()
+
+
+def _requested(problem: Problem, texts: tuple[str, str], *, part: bool) -> str | None:
+    for text in texts:
         name = parse_request(text).backend_for(problem.operator, part=part)
         if name:
             return name
@@ -346,10 +352,13 @@ def _requested(problem: Problem, request: str, *, part: bool) -> str | None:
 
 def choose_parts(problem: Problem, device: torch.device, request: str) -> dict[str, Backend]:
     """Choose for every part of `nsa_attention`; operator -> backend, in `PARTS`' order."""
-    return {
-        operator: choose(replace(problem, operator=operator), device, request, part=True)
-        for operator in PARTS
-    }
+    environment, texts = machine.probe(device), _texts(request)
+    chosen: dict[str, Backend] = {}
+    for operator in PARTS:
+        part = replace(problem, operator=operator)
+        first = _first_choice(part, environment, _requested(part, texts, part=True))
+        chosen[operator] = first or _choose_slowly(part, device, request, part=True)
+    return chosen
 
 
 def kernel(backend: Backend, operator: str, device: torch.device, suffix: str = "") -> Callable:
