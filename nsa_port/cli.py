@@ -14,7 +14,7 @@ COMMANDS = {
     "demo": ("nsa_port.demo", "train a small language model with NSA next to a dense one"),
     "conformance": ("nsa_port.conformance.command", "hold a backend to the reference"),
     "compare": ("nsa_port.conformance.comparison", "two conformance results side by side"),
-    "bench": ("nsa_port.bench", "speed and memory next to dense attention"),
+    "bench": ("nsa_port.bench.command", "speed and memory next to dense attention"),
 }
 """Subcommand -> the module with its `add_arguments(parser)` and `main(args) -> int`, and help."""
 
