@@ -19,6 +19,9 @@ from nsa_port.kernels import triton as kernels
 from nsa_port.kernels.geometry import Layout, NSAConfig
 from nsa_port.kernels.tables import tuned_to
 from nsa_port.kernels.triton import selected, selection
+from nsa_port.kernels.triton.bounds import Kind, query_bounds
+from nsa_port.kernels.triton.preparation import backward_rows
+from nsa_port.kernels.triton.selected_backward import selected_gradients
 from tests.bounds_checked import check_bounds
 from tests.eager_cases import (
     CASES,
@@ -174,6 +177,28 @@ BY_BLOCK = [
 @pytest.mark.usefixtures("by_block")
 def test_selected_attention_by_block_matches_the_reference(name: str) -> None:
     check_branch("selected_attention", by_name[name])
+
+
+@pytest.mark.parametrize("name", ["short", "packed", "group_of_5"])
+@pytest.mark.usefixtures("by_block")
+def test_a_gate_inside_the_gradients_is_a_gate_on_the_output(name: str) -> None:
+    case = by_name[name]
+    tensors, (grad, _) = branch_arguments("selected_attention", case)
+    gate = torch.rand(grad.shape[:3])
+    *tensors, grad, gate = on_device(*tensors, grad, gate)
+    config, layout, scale = arguments = tail(case)
+    out, lse = kernels.selected_attention(*tensors, *arguments)
+    gated = grad * gate[..., None]
+    wanted = kernels.selected_attention_backward(gated, None, *tensors, out, lse, *arguments)
+    q, k = tensors[:2]
+    dq = torch.randn(q.shape, device=DEVICE)
+    wanted = (wanted[0] + dq, *wanted[1:])
+    bounds = query_bounds(Kind.CAUSAL, q.shape[1], k.shape[1], config, layout, q.device)
+    rows = (grad, *backward_rows(grad, None, out, lse, by_head=False))
+    found = selected_gradients(rows, *tensors, bounds, config, layout, scale, gate=gate, dq=dq)
+    assert found[0] is dq
+    for gradient, expected in zip(found, wanted, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [-0.4, 0.0, 1.5])

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_port.kernels.geometry import Layout, NSAConfig
-from nsa_port.kernels.triton.bounds import Kind, query_bounds
+from nsa_port.kernels.triton.bounds import Kind, QueryBounds, query_bounds
 from nsa_port.kernels.triton.host import (
     LOG2_E,
     arch_of,
@@ -46,19 +46,53 @@ def selected_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `selected_attention`. `dq, dk, dv`, contiguous, in their inputs' dtypes."""
+    T, S = q.shape[1], k.shape[1]
+    grad_out = last_contiguous(grad_out)
+    with on_device_of(q):
+        bounds = query_bounds(Kind.CAUSAL, T, S, config, layout, q.device)
+        stats = backward_rows(grad_out, grad_lse, out, lse, by_head=False)
+        return selected_gradients(
+            (grad_out, *stats), q, k, v, indices, bounds, config, layout, scale
+        )
+
+
+def selected_gradients(
+    grad_rows: tuple[Tensor, Tensor, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    bounds: QueryBounds,
+    config: NSAConfig,
+    layout: Layout,
+    scale: float,
+    *,
+    gate: Tensor | None = None,
+    dq: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`dq, dk, dv` of attention over the blocks `indices`, from what is known of each row.
+
+    Args:
+        grad_rows: `grad_out`, whose last dimension is contiguous, and `lse_log2` and `delta` of
+            `backward_rows`, `[B, T, H]`.
+        bounds: what each query sees, of `Kind.CAUSAL`.
+        gate: multiplies each row's probabilities, and so all of its gradients; float32
+            `[B, T, H]`. `delta` is then that of the output before the gate.
+        dq: contiguous; what it holds is added to, and it is returned. A new tensor if not given.
+    """
     B, T, H, Dk = q.shape
     S, HK, Dv = v.shape[1:]
     G, n = H // HK, config.num_selected
-    grad_out = last_contiguous(grad_out)
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    grad_out, lse_log2, delta = grad_rows
+    add_dq = dq is not None
+    if dq is None:
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.zeros((B, S, HK, Dk), dtype=torch.float32, device=k.device)
     dv = torch.zeros((B, S, HK, Dv), dtype=torch.float32, device=v.device)
     if dq.numel() == 0:
         return dq, dk.to(k.dtype), dv.to(v.dtype)
     with on_device_of(q):
-        bounds = query_bounds(Kind.CAUSAL, T, S, config, layout, q.device)
         rows = block_rows(indices, bounds, config.select_block_size)
-        lse_log2, delta = backward_rows(grad_out, grad_lse, out, lse, by_head=False)
         values = tuned(arch_of(q), "selected_backward", q.element_size(), Dk, Dv)
         segment = values["segment"]
         block_n = min(values["BLOCK_N"], max(16, triton.next_power_of_2(config.select_block_size)))
@@ -91,6 +125,7 @@ def selected_attention_backward(
                 v,
                 lse_log2,
                 delta,
+                gate,
                 rows,
                 bounds.upper,
                 bounds.sequence,
@@ -164,6 +199,7 @@ def selected_attention_backward(
                 PARTS=parts,
                 DIM_K=Dk,
                 WIDTH=triton.next_power_of_2(Dk),
+                ADD=add_dq,
                 num_warps=4,
             )
     return dq, dk.to(k.dtype), dv.to(v.dtype)
@@ -186,6 +222,7 @@ def _by_block_backward_kernel(
     v,
     lse_log2,
     delta,
+    gate,
     rows,
     upper,
     sequence,
@@ -293,6 +330,8 @@ def _by_block_backward_kernel(
         b_s = dot_split(b_k, b_k_rest, b_q, b_q_rest, K_REST)
         b_p = tl.exp2(b_s * scale_log2 - b_lse[None, :])
         b_p = tl.where(b_key[:, None] < b_upper[None, :], b_p, 0.0)
+        if gate is not None:
+            b_p *= tl.load(gate + o_stats, mask=m_row, other=0.0)[None, :]
         b_dv = dot(b_p.to(b_grad.dtype), b_grad, b_dv)
         if V_REST:
             b_dv_rest = dot(b_p.to(b_grad.dtype), b_grad_rest, b_dv_rest)
@@ -411,6 +450,7 @@ def _sum_dq_kernel(
     PARTS: tl.constexpr,
     DIM_K: tl.constexpr,
     WIDTH: tl.constexpr,
+    ADD: tl.constexpr,
 ):
     """One program: `dq` of one query and KV head, added up in the order of its slots."""
     i_kv = tl.program_id(0) % HK
@@ -430,4 +470,6 @@ def _sum_dq_kernel(
         total += tl.load(p_in, mask=m_tile & m_slot, other=0.0).to(tl.float32)
     o_out = (o_target * G + o_head) * DIM_K
     p_out = dq + o_out[:, None] + o_column[None, :]
+    if ADD:
+        total += tl.load(p_out, mask=m_tile, other=0.0).to(tl.float32)
     tl.store(p_out, total.to(dq.dtype.element_ty), mask=m_tile)
