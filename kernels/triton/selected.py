@@ -44,21 +44,34 @@ def selected_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """One softmax over all visible tokens of the chosen blocks (Eq. 11, 12). `out, lse`."""
+    with on_device_of(q):
+        bounds = query_bounds(Kind.CAUSAL, q.shape[1], k.shape[1], config, layout, q.device)
+        return attend_selected(q, k, v, indices, bounds, config, layout, scale)
+
+
+def attend_selected(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    bounds: QueryBounds,
+    config: NSAConfig,
+    layout: Layout,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`selected_attention` with the causal bounds at hand, on the current device."""
     B, T, H, Dk = q.shape
-    S, HK, Dv = v.shape[1:]
+    HK, Dv = v.shape[2:]
     out = torch.empty((B, T, H, Dv), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, T, H), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    with on_device_of(q):
-        bounds = query_bounds(Kind.CAUSAL, T, S, config, layout, q.device)
-        rows = block_rows(indices, bounds, config.select_block_size)
-        arch = arch_of(q)
-        tuned_block = tuned(arch, "selected_by_block", q.element_size(), Dk, Dv)
-        if tuned_block["largest_group"] >= H // HK and tuned_block["fewest_queries"] <= T:
-            _by_block(q, k, v, rows, bounds, config, layout, scale, tuned_block, out, lse)
-        else:
-            _by_query(q, k, v, rows, bounds, config, scale, out, lse)
+    rows = block_rows(indices, bounds, config.select_block_size)
+    tuned_block = tuned(arch_of(q), "selected_by_block", q.element_size(), Dk, Dv)
+    if tuned_block["largest_group"] >= H // HK and tuned_block["fewest_queries"] <= T:
+        _by_block(q, k, v, rows, bounds, config, layout, scale, tuned_block, out, lse)
+    else:
+        _by_query(q, k, v, rows, bounds, config, scale, out, lse)
     return out, lse
 
 

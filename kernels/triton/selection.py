@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_port.kernels.geometry import Layout, NSAConfig
-from nsa_port.kernels.triton.bounds import Kind, cut_tiles, query_bounds, tile_of
+from nsa_port.kernels.triton.bounds import Kind, QueryBounds, cut_tiles, query_bounds, tile_of
 from nsa_port.kernels.triton.host import (
     LOG2_E,
     arch_of,
@@ -37,21 +37,31 @@ def select_blocks(
     q: Tensor, k_cmp: Tensor, lse: Tensor, config: NSAConfig, layout: Layout, scale: float
 ) -> Tensor:
     """The blocks each query and KV head attends to (Eq. 9 to 11). int32 `[B, T, HK, n]`."""
+    T, C = q.shape[1], k_cmp.shape[1]
     with on_device_of(q):
-        return _select_blocks(q, k_cmp, last_contiguous(lse), config, layout, scale)
+        visible = query_bounds(Kind.COMPRESSED, T, C, config, layout, q.device)
+        causal = query_bounds(Kind.CAUSAL, T, layout.num_keys, config, layout, q.device)
+        return blocks_of(q, k_cmp, lse, visible, causal, config, layout, scale)
 
 
-def _select_blocks(
-    q: Tensor, k_cmp: Tensor, lse: Tensor, config: NSAConfig, layout: Layout, scale: float
+def blocks_of(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    visible: QueryBounds,
+    causal: QueryBounds,
+    config: NSAConfig,
+    layout: Layout,
+    scale: float,
 ) -> Tensor:
+    """`select_blocks` with the bounds at hand, on the current device."""
+    lse = last_contiguous(lse)
     B, T, H, Dk = q.shape
     C, HK = k_cmp.shape[1:3]
     n = config.num_selected
     indices = torch.empty((B, T, HK, n), dtype=torch.int32, device=q.device)
     if indices.numel() == 0:
         return indices
-    visible = query_bounds(Kind.COMPRESSED, T, C, config, layout, q.device)
-    causal = query_bounds(Kind.CAUSAL, T, layout.num_keys, config, layout, q.device)
     tuned_scores = tuned(arch_of(q), "block_scores", q.element_size(), Dk)
     block_m, block_n = tuned_scores["BLOCK_M"], tuned_scores["BLOCK_N"]
     tiles = cut_tiles(T, block_m, layout.cu_seqlens)
