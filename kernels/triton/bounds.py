@@ -214,14 +214,15 @@ def query_ranges(
 ) -> Tensor:
     """For each tile of `block_n` key rows, the queries that may see any of it.
 
-    int32 `[B or 1, tiles, 2]`: `start, stop`. Queries outside see nothing of the tile or belong to
-    another sequence.
+    int32 `[B or 1, tiles, 4]`: `start, full_start, full_stop, stop`. Queries outside `start ..
+    stop - 1` see nothing of the tile or belong to another sequence; those of `full_start ..
+    full_stop - 1` see all of it.
     """
     batches, num_queries = bounds.lower.shape
     parts = triton.cdiv(num_queries, _PART_QUERIES)
     device = bounds.lower.device
-    extents = torch.empty((batches, 2, parts), dtype=torch.int32, device=device)
-    ranges = torch.empty((batches, keys.count, 2), dtype=torch.int32, device=device)
+    extents = torch.empty((batches, 4, parts), dtype=torch.int32, device=device)
+    ranges = torch.empty((batches, keys.count, 4), dtype=torch.int32, device=device)
     if parts:
         _extents_kernel[(batches * parts,)](
             bounds.lower,
@@ -254,17 +255,19 @@ def query_ranges(
 
 @triton.jit(do_not_specialize=["T", "parts"])
 def _extents_kernel(lower, upper, extents, T, parts, QUERIES: tl.constexpr):
-    """One program: the key rows that some query of one part of the queries sees."""
+    """One program: the key rows that some and that every query of one part of the queries sees."""
     i_batch = (tl.program_id(0) // parts).to(tl.int64)
     i_part = tl.program_id(0) % parts
     o_query = i_part * QUERIES + tl.arange(0, QUERIES)
     m_query = o_query < T
     b_lower = tl.load(lower + i_batch * T + o_query, mask=m_query, other=0)
     b_upper = tl.load(upper + i_batch * T + o_query, mask=m_query, other=0)
-    some_lower, some_upper, _, _ = tile_extent(b_lower, b_upper, m_query)
-    p_out = extents + i_batch * 2 * parts + i_part
+    some_lower, some_upper, all_lower, all_upper = tile_extent(b_lower, b_upper, m_query)
+    p_out = extents + i_batch * 4 * parts + i_part
     tl.store(p_out, some_lower)
     tl.store(p_out + parts, some_upper)
+    tl.store(p_out + 2 * parts, all_lower)
+    tl.store(p_out + 3 * parts, all_upper)
 
 
 @triton.jit(do_not_specialize=["T", "S", "parts", "tiles"])
@@ -283,12 +286,16 @@ def _query_ranges_kernel(
     QUERIES: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """One program: one tile of key rows against all parts of the queries."""
+    """One program: one tile of key rows against all parts of the queries.
+
+    The full queries are the first run of parts that see the whole tile, which is all of them where
+    the queries stand in order.
+    """
     i_batch = (tl.program_id(0) // tiles).to(tl.int64)
     i_tile = tl.program_id(0) % tiles
     first, last = tile_of(tile_first, tile_stop, i_tile, BLOCK_N, S)
-    p_extents = extents + i_batch * 2 * parts
-    start, stop = parts, 0
+    p_extents = extents + i_batch * 4 * parts
+    start, stop, full_start = parts, 0, parts
     for i_part in range(0, parts, PARTS):
         o_part = i_part + tl.arange(0, PARTS)
         m_part = o_part < parts
@@ -297,12 +304,33 @@ def _query_ranges_kernel(
         m_some = (b_lower < last) & (b_upper > first) & (first < last)
         start = tl.minimum(start, tl.min(tl.where(m_some, o_part, parts), 0))
         stop = tl.maximum(stop, tl.max(tl.where(m_some, o_part + 1, 0), 0))
+        m_full = m_some & _sees_all(p_extents, o_part, m_part, parts, first, last)
+        full_start = tl.minimum(full_start, tl.min(tl.where(m_full, o_part, parts), 0))
+    full_stop = stop
+    for i_part in range(full_start // PARTS * PARTS, stop, PARTS):
+        o_part = i_part + tl.arange(0, PARTS)
+        m_full = _sees_all(p_extents, o_part, o_part < parts, parts, first, last)
+        m_end = (o_part >= full_start) & (m_full == 0)
+        full_stop = tl.minimum(full_stop, tl.min(tl.where(m_end, o_part, parts), 0))
     start, stop = start * QUERIES, tl.minimum(stop * QUERIES, T)
+    full_start, full_stop = full_start * QUERIES, full_stop * QUERIES
     if cu_queries is not None:
         i_sequence = tl.load(tile_sequence + i_tile)
         start = tl.maximum(start, tl.load(cu_queries + i_sequence))
         stop = tl.minimum(stop, tl.load(cu_queries + i_sequence + 1))
     start = tl.maximum(start, 0)
-    p_out = ranges + (i_batch * tiles + i_tile) * 2
+    stop = tl.maximum(stop, start)
+    full_start = tl.minimum(tl.maximum(full_start, start), stop)
+    p_out = ranges + (i_batch * tiles + i_tile) * 4
     tl.store(p_out, start)
-    tl.store(p_out + 1, tl.maximum(stop, start))
+    tl.store(p_out + 1, full_start)
+    tl.store(p_out + 2, tl.minimum(tl.maximum(full_stop, full_start), stop))
+    tl.store(p_out + 3, stop)
+
+
+@triton.jit
+def _sees_all(p_extents, o_part, m_part, parts, first, last):
+    """Whether all queries of each part see all key rows `first .. last - 1`."""
+    b_lower = tl.load(p_extents + 2 * parts + o_part, mask=m_part, other=LARGEST)
+    b_upper = tl.load(p_extents + 3 * parts + o_part, mask=m_part, other=0)
+    return (b_lower <= first) & (b_upper >= last)

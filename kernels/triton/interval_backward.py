@@ -7,6 +7,8 @@ their float32 parts are then added in a fixed order.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -54,9 +56,9 @@ def compressed_attention_backward(
     with on_device_of(q):
         bounds = query_bounds(Kind.COMPRESSED, q.shape[1], k.shape[1], config, layout, q.device)
         cu_rows = layout.compressed_cu_seqlens(config) if layout.packed else None
-        return _interval_backward(
-            grad_out, grad_lse, q, k, v, out, lse, bounds, cu_rows, layout, scale
-        )
+        grad_out = last_contiguous(grad_out)
+        rows = BackwardRows(grad_out, *backward_rows(grad_out, grad_lse, out, lse, by_head=True))
+        return interval_backward(rows, q, k, v, bounds, cu_rows, layout, scale)
 
 
 def window_attention_backward(
@@ -75,41 +77,55 @@ def window_attention_backward(
     with on_device_of(q):
         bounds = query_bounds(Kind.WINDOW, q.shape[1], k.shape[1], config, layout, q.device)
         cu_rows = layout.cu_seqlens_k
-        return _interval_backward(
-            grad_out, grad_lse, q, k, v, out, lse, bounds, cu_rows, layout, scale
-        )
+        grad_out = last_contiguous(grad_out)
+        rows = BackwardRows(grad_out, *backward_rows(grad_out, grad_lse, out, lse, by_head=True))
+        return interval_backward(rows, q, k, v, bounds, cu_rows, layout, scale)
 
 
-def _interval_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
+class BackwardRows(NamedTuple):
+    """What the gradients need of each row: `grad_out [B, T, H, Dv]` and, float32 `[B, H, T]`,
+    what `backward_rows` makes."""
+
+    grad_out: Tensor
+    lse_log2: Tensor
+    delta: Tensor
+
+
+def interval_backward(
+    rows: BackwardRows,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
     bounds: QueryBounds,
     cu_rows: Tensor | None,
     layout: Layout,
     scale: float,
+    *,
+    gate: Tensor | None = None,
+    dq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`dq, dk, dv`, contiguous, in the inputs' dtypes; `cu_rows` is the key rows' cu_seqlens."""
+    """`dq, dk, dv`, contiguous, in the inputs' dtypes.
+
+    `cu_rows` is the key rows' cu_seqlens. `gate`, float32 `[B, H, T]`, multiplies every row's
+    probabilities: then `grad_out` is the gradient of the gated output, and `delta` its sum with the
+    output before the gate. A given `dq`, contiguous, is added to.
+    """
     B, T, H, Dk = q.shape
     S, HK, Dv = v.shape[1:]
     G = H // HK
-    grad_out = last_contiguous(grad_out)
-    lse_log2, delta = backward_rows(grad_out, grad_lse, out, lse, by_head=True)
     arch = arch_of(q)
-    rows = (grad_out, q, k, v, lse_log2, delta)
-    all_strides = (*strides(grad_out), *strides(q), *strides(k), *strides(v))
+    inputs = (rows.grad_out, q, k, v, rows.lse_log2, rows.delta, gate)
+    all_strides = (*strides(rows.grad_out), *strides(q), *strides(k), *strides(v))
     heads = split_arguments(split_head(Dk), split_head(Dv))
 
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    add_dq = dq is not None
+    if dq is None:
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if dq.numel():
         tuned_dq = tuned(arch, "interval_dq", q.element_size(), Dk, Dv)
         tiles = cut_tiles(T, tuned_dq["BLOCK_M"], layout.cu_seqlens)
         _interval_dq_kernel[(tiles.count * B * H,)](
-            *rows,
+            *inputs,
             tiles.first,
             tiles.stop,
             bounds.lower,
@@ -123,6 +139,7 @@ def _interval_backward(
             tiles.count,
             bounds.stride,
             *all_strides,
+            ADD_DQ=add_dq,
             **heads,
             **tuned_dq,
         )
@@ -138,7 +155,7 @@ def _interval_backward(
     if keys.count * B:
         ranges = query_ranges(bounds, S, keys, layout.cu_seqlens, tuned_dkdv["BLOCK_N"])
         _interval_dkdv_kernel[(keys.count * B * HK * splits,)](
-            *rows,
+            *inputs,
             keys.first,
             keys.stop,
             bounds.lower,
@@ -155,7 +172,7 @@ def _interval_backward(
             G,
             splits,
             bounds.stride,
-            0 if bounds.stride == 0 else keys.count * 2,
+            0 if bounds.stride == 0 else keys.count * 4,
             *all_strides,
             PADDED=layout.positions is not None,
             **heads,
@@ -182,6 +199,7 @@ def _interval_dq_kernel(
     v,
     lse_log2,
     delta,
+    gate,
     tile_first,
     tile_stop,
     lower,
@@ -206,6 +224,7 @@ def _interval_dq_kernel(
     stride_vb,
     stride_vs,
     stride_vh,
+    ADD_DQ: tl.constexpr,
     DIM_K: tl.constexpr,
     K_MAIN: tl.constexpr,
     K_REST: tl.constexpr,
@@ -245,6 +264,9 @@ def _interval_dq_kernel(
     o_stats = (i_batch * H + i_head) * T + o_query
     b_lse = tl.load(lse_log2 + o_stats, mask=m_seeing, other=float("inf"))
     b_delta = tl.load(delta + o_stats, mask=m_seeing, other=0.0)
+    b_gate = None
+    if gate is not None:
+        b_gate = tl.load(gate + o_stats, mask=m_seeing, other=0.0)
 
     p_k = k + i_batch * stride_kb + i_kv * stride_kh
     p_v = v + i_batch * stride_vb + i_kv * stride_vh
@@ -254,20 +276,26 @@ def _interval_dq_kernel(
         span_start = start if phase == 0 else (full_start if phase == 1 else full_stop)
         span_stop = full_start if phase == 0 else (full_stop if phase == 1 else stop)
         b_dq, b_dq_rest = _add_dq(
-            b_dq, b_dq_rest, b_q, b_q_rest, b_grad, b_grad_rest, b_lse, b_delta,
+            b_dq, b_dq_rest, b_q, b_q_rest, b_grad, b_grad_rest, b_lse, b_delta, b_gate,
             b_lower, b_upper, p_k, p_v, stride_ks, stride_vs, span_start, span_stop, scale_log2,
             phase != 1, DIM_K, K_MAIN, K_REST, DIM_V, V_MAIN, V_REST, BLOCK_N,
         )  # fmt: skip
 
     o_out = ((i_batch * T + o_query) * H + i_head) * DIM_K
-    store_rows(dq, b_dq * scale, o_out, m_row, 0, K_MAIN, DIM_K)
+    b_dq *= scale
+    if ADD_DQ:
+        b_dq += load_rows(dq, o_out, m_row, 0, K_MAIN, DIM_K, True)
+    store_rows(dq, b_dq, o_out, m_row, 0, K_MAIN, DIM_K)
     if K_REST:
-        store_rows(dq, b_dq_rest * scale, o_out, m_row, K_MAIN, K_REST, DIM_K)
+        b_dq_rest *= scale
+        if ADD_DQ:
+            b_dq_rest += load_rows(dq, o_out, m_row, K_MAIN, K_REST, DIM_K, True)
+        store_rows(dq, b_dq_rest, o_out, m_row, K_MAIN, K_REST, DIM_K)
 
 
 @triton.jit
 def _add_dq(
-    b_dq, b_dq_rest, b_q, b_q_rest, b_grad, b_grad_rest, b_lse, b_delta,
+    b_dq, b_dq_rest, b_q, b_q_rest, b_grad, b_grad_rest, b_lse, b_delta, b_gate,
     b_lower, b_upper, p_k, p_v, stride_ks, stride_vs, start, stop, scale_log2,
     MASKED: tl.constexpr,
     DIM_K: tl.constexpr, K_MAIN: tl.constexpr, K_REST: tl.constexpr,
@@ -293,6 +321,8 @@ def _add_dq(
         if MASKED:
             m_seen = (o_key[None, :] >= b_lower[:, None]) & (o_key[None, :] < b_upper[:, None])
             b_p = tl.where(m_seen, b_p, 0.0)
+        if b_gate is not None:
+            b_p *= b_gate[:, None]
         b_dp = dot_split(b_grad, b_grad_rest, b_v, b_v_rest, V_REST)
         b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k.dtype)
         b_dq = dot(b_ds, b_k, b_dq)
@@ -309,6 +339,7 @@ def _interval_dkdv_kernel(
     v,
     lse_log2,
     delta,
+    gate,
     tile_first,
     tile_stop,
     lower,
@@ -374,51 +405,28 @@ def _interval_dkdv_kernel(
     b_dv = tl.zeros([BLOCK_N, V_MAIN], tl.float32)
     b_dk_rest = tl.zeros([BLOCK_N, K_REST if K_REST else 1], tl.float32)
     b_dv_rest = tl.zeros([BLOCK_N, V_REST if V_REST else 1], tl.float32)
-    p_range = ranges + i_batch * stride_ranges + i_tile * 2
-    start, stop = tl.load(p_range), tl.load(p_range + 1)
-    p_lower = lower + i_batch * stride_bounds
-    p_upper = upper + i_batch * stride_bounds
-    # One loop over heads and queries: nested loops keep Triton from overlapping the outer's steps
-    # and take registers for both.
+    p_range = ranges + i_batch * stride_ranges + i_tile * 4
+    start, stop = tl.load(p_range), tl.load(p_range + 3)
+    full_start, full_stop = tl.load(p_range + 1), tl.load(p_range + 2)
+    full_stop = full_start + (full_stop - full_start) // BLOCK_M * BLOCK_M
     heads = G // splits
-    steps = tl.cdiv(stop - start, BLOCK_M)
-    for i_step in range(heads * steps):
-        i_head = i_kv * G + i_split * heads + i_step // steps
-        o_query = start + i_step % steps * BLOCK_M + tl.arange(0, BLOCK_M)
-        m_row = o_query < stop
-        b_lower = tl.load(p_lower + o_query, mask=m_row, other=0)
-        b_upper = tl.load(p_upper + o_query, mask=m_row, other=0)
-        if PADDED:
-            # Padded rows may hold anything, NaN too.
-            m_row &= b_lower < b_upper
-        p_q = q + i_batch * stride_qb + i_head * stride_qh
-        p_grad = grad_out + i_batch * stride_gb + i_head * stride_gh
-        o_q = o_query.to(tl.int64) * stride_qt
-        o_grad = o_query.to(tl.int64) * stride_gt
-        b_q = load_rows(p_q, o_q, m_row, 0, K_MAIN, DIM_K, True)
-        b_q_rest = b_q
-        if K_REST:
-            b_q_rest = load_rows(p_q, o_q, m_row, K_MAIN, K_REST, DIM_K, True)
-        o_stats = (i_batch * HK * G + i_head) * T + o_query
-        b_lse = tl.load(lse_log2 + o_stats, mask=m_row, other=float("inf"))
-        # [BLOCK_N, BLOCK_M]
-        b_s = dot_split(b_k, b_k_rest, b_q, b_q_rest, K_REST)
-        b_p = tl.exp2(b_s * scale_log2 - b_lse[None, :])
-        m_seen = (o_key[:, None] >= b_lower[None, :]) & (o_key[:, None] < b_upper[None, :])
-        b_p = tl.where(m_seen, b_p, 0.0)
-        b_grad = load_rows(p_grad, o_grad, m_row, 0, V_MAIN, DIM_V, True)
-        b_grad_rest = b_grad
-        if V_REST:
-            b_grad_rest = load_rows(p_grad, o_grad, m_row, V_MAIN, V_REST, DIM_V, True)
-        b_dv = dot(b_p.to(b_grad.dtype), b_grad, b_dv)
-        if V_REST:
-            b_dv_rest = dot(b_p.to(b_grad.dtype), b_grad_rest, b_dv_rest)
-        b_delta = tl.load(delta + o_stats, mask=m_row, other=0.0)
-        b_dp = dot_split(b_v, b_v_rest, b_grad, b_grad_rest, V_REST)
-        b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
-        b_dk = dot(b_ds, b_q, b_dk)
-        if K_REST:
-            b_dk_rest = dot(b_ds, b_q_rest, b_dk_rest)
+    i_head = i_kv * G + i_split * heads
+    p_q = q + i_batch * stride_qb + i_head * stride_qh
+    p_grad = grad_out + i_batch * stride_gb + i_head * stride_gh
+    o_stats = (i_batch * HK * G + i_head) * T
+    p_gate = gate
+    if gate is not None:
+        p_gate += o_stats
+    for phase in tl.static_range(3):
+        span_start = start if phase == 0 else (full_start if phase == 1 else full_stop)
+        span_stop = full_start if phase == 0 else (full_stop if phase == 1 else stop)
+        b_dk, b_dk_rest, b_dv, b_dv_rest = _add_dkdv(
+            b_dk, b_dk_rest, b_dv, b_dv_rest, b_k, b_k_rest, b_v, b_v_rest, o_key,
+            p_q, p_grad, lse_log2 + o_stats, delta + o_stats, p_gate,
+            lower + i_batch * stride_bounds, upper + i_batch * stride_bounds,
+            stride_qt, stride_qh, stride_gt, stride_gh, T, heads, span_start, span_stop, scale_log2,
+            phase != 1, PADDED, DIM_K, K_MAIN, K_REST, DIM_V, V_MAIN, V_REST, BLOCK_M,
+        )  # fmt: skip
 
     o_out = ((i_split * B + i_batch) * S + o_key) * HK + i_kv
     store_rows(dk, b_dk * scale, o_out * DIM_K, m_key, 0, K_MAIN, DIM_K)
@@ -427,3 +435,64 @@ def _interval_dkdv_kernel(
         store_rows(dk, b_dk_rest * scale, o_out * DIM_K, m_key, K_MAIN, K_REST, DIM_K)
     if V_REST:
         store_rows(dv, b_dv_rest, o_out * DIM_V, m_key, V_MAIN, V_REST, DIM_V)
+
+
+@triton.jit
+def _add_dkdv(
+    b_dk, b_dk_rest, b_dv, b_dv_rest, b_k, b_k_rest, b_v, b_v_rest, o_key,
+    p_q, p_grad, p_lse, p_delta, p_gate, p_lower, p_upper,
+    stride_qt, stride_qh, stride_gt, stride_gh, T, heads, start, stop, scale_log2,
+    MASKED: tl.constexpr, PADDED: tl.constexpr,
+    DIM_K: tl.constexpr, K_MAIN: tl.constexpr, K_REST: tl.constexpr,
+    DIM_V: tl.constexpr, V_MAIN: tl.constexpr, V_REST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Add what the queries `start .. stop - 1` of some heads contribute, `dk` but for the scale.
+
+    One loop over heads and queries: nested loops keep Triton from overlapping the outer's steps.
+    """
+    i_query, i_head = start, heads * 0
+    for _ in range(heads * tl.cdiv(stop - start, BLOCK_M)):
+        o_query = i_query + tl.arange(0, BLOCK_M)
+        m_row = o_query < stop
+        b_lower, b_upper = o_query, o_query
+        if MASKED:
+            b_lower = tl.load(p_lower + o_query, mask=m_row, other=0)
+            b_upper = tl.load(p_upper + o_query, mask=m_row, other=0)
+            if PADDED:
+                # Padded rows may hold anything, NaN too.
+                m_row &= b_lower < b_upper
+        o_q = o_query.to(tl.int64) * stride_qt + i_head.to(tl.int64) * stride_qh
+        o_grad = o_query.to(tl.int64) * stride_gt + i_head.to(tl.int64) * stride_gh
+        b_q = load_rows(p_q, o_q, m_row, 0, K_MAIN, DIM_K, MASKED)
+        b_q_rest = b_q
+        if K_REST:
+            b_q_rest = load_rows(p_q, o_q, m_row, K_MAIN, K_REST, DIM_K, MASKED)
+        o_stats = i_head.to(tl.int64) * T + o_query
+        b_lse = tl.load(p_lse + o_stats, mask=m_row, other=float("inf"))
+        b_delta = tl.load(p_delta + o_stats, mask=m_row, other=0.0)
+        # [BLOCK_N, BLOCK_M]
+        b_s = dot_split(b_k, b_k_rest, b_q, b_q_rest, K_REST)
+        b_p = tl.exp2(b_s * scale_log2 - b_lse[None, :])
+        if MASKED:
+            m_seen = (o_key[:, None] >= b_lower[None, :]) & (o_key[:, None] < b_upper[None, :])
+            b_p = tl.where(m_seen, b_p, 0.0)
+        if p_gate is not None:
+            b_p *= tl.load(p_gate + o_stats, mask=m_row, other=0.0)[None, :]
+        b_grad = load_rows(p_grad, o_grad, m_row, 0, V_MAIN, DIM_V, MASKED)
+        b_grad_rest = b_grad
+        if V_REST:
+            b_grad_rest = load_rows(p_grad, o_grad, m_row, V_MAIN, V_REST, DIM_V, MASKED)
+        b_dv = dot(b_p.to(b_grad.dtype), b_grad, b_dv)
+        if V_REST:
+            b_dv_rest = dot(b_p.to(b_grad.dtype), b_grad_rest, b_dv_rest)
+        b_dp = dot_split(b_v, b_v_rest, b_grad, b_grad_rest, V_REST)
+        b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
+        b_dk = dot(b_ds, b_q, b_dk)
+        if K_REST:
+            b_dk_rest = dot(b_ds, b_q_rest, b_dk_rest)
+        i_query += BLOCK_M
+        m_done = i_query >= stop
+        i_query = tl.where(m_done, start, i_query)
+        i_head = tl.where(m_done, i_head + 1, i_head)
+    return b_dk, b_dk_rest, b_dv, b_dv_rest
