@@ -10,11 +10,11 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
+from nsa_port.compile_only import SHARED_MEMORY, compiling_for
 from nsa_port.kernels import triton as kernels
 from nsa_port.kernels.geometry import Layout, NSAConfig
 from nsa_port.kernels.tables import shipped_table, tuned_to, values_of
-from tests.compile_only import SHARED_MEMORY, compiling_for
-from tests.machine_code import reads_before_writes
+from nsa_port.machine_code import reads_before_writes
 
 CONFIG = NSAConfig()
 FUNCTIONS = {
@@ -89,7 +89,7 @@ def test_every_tuned_entry_fits_its_architecture(
     assert build.shared <= room, f"{build.shared} bytes of shared memory, {room} available"
     assert build.stack == 0, f"spills {build.stack} bytes of registers"
     assert build.num_warps == row["num_warps"]
-    assert not reads_before_writes(build.cubin)
+    assert not reads_before_writes(build.binary)
     if table == "sm_90" and kernel != "selected_by_query":
         assert build.uses_wgmma == ("exact_dims" in row), "wgmma where it should be, only there"
 
@@ -104,7 +104,7 @@ def test_head_dimensions_between_entries_are_assembled_rightly(
 ) -> None:
     with compiling_for("sm_90") as builds:
         launch(kernel, *dimensions, torch.float16)
-    assert all(not reads_before_writes(build.cubin) for build in builds)
+    assert all(not reads_before_writes(build.binary) for build in builds)
 
 
 def test_a_new_length_compiles_nothing() -> None:

@@ -39,6 +39,7 @@ def plot(results: dict[str, Any], path: str) -> None:
     for axis, (title, drawn) in zip(axes[0], panels.items(), strict=False):
         for name, points in drawn.items():
             axis.loglog(*zip(*sorted(points), strict=True), "o-", label=name)
+        axis.set_xscale("log", base=2)
         axis.set(title=title, xlabel="tokens")
         axis.legend()
     figure.suptitle(f"{results['machine']['device_name']}, {results['date']}")
