@@ -244,7 +244,7 @@ def compile_candidate(task: tuple[str, str, str, dict[str, int]]) -> str:
     arch, name, kernel, candidate = task
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
-    from nsa_port.compile_only import compiling_for
+    from nsa_port.tune.compile_only import compiling_for
 
     with compiling_for(arch) as builds:
         try:

@@ -9,7 +9,7 @@ triton = pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
-from nsa_port.compile_only import SHARED_MEMORY, compiling_for  # noqa: E402
+from nsa_port.tune.compile_only import SHARED_MEMORY, compiling_for  # noqa: E402
 
 from . import emulator_kernels as kernels  # noqa: E402
 

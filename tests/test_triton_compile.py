@@ -10,11 +10,11 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from nsa_port.compile_only import SHARED_MEMORY, compiling_for
 from nsa_port.kernels import triton as kernels
 from nsa_port.kernels.geometry import Layout, NSAConfig
 from nsa_port.kernels.tables import shipped_table, tuned_to, values_of
-from nsa_port.machine_code import reads_before_writes
+from nsa_port.tune.compile_only import SHARED_MEMORY, compiling_for
+from nsa_port.tune.machine_code import reads_before_writes
 
 CONFIG = NSAConfig()
 FUNCTIONS = {

@@ -23,7 +23,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 
 from nsa_port.emulator.architectures import ARCHITECTURES
-from nsa_port.machine_code import resources
+from nsa_port.tune.machine_code import resources
 
 SHARED_MEMORY: Mapping[str, int] = {
     "sm_80": 163 * 1024,
