@@ -127,6 +127,17 @@ def test_dots_of_two(kind: str) -> None:
     same(result.vector(3, np.float32), (a * b).sum(1) + 3)
 
 
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_dots_of_two_are_issued_together_with_others(kind: str) -> None:
+    a, b = operands(kind, 2)
+    result = execute(
+        "gfx1100",
+        f"v_dual_mov_b32 v0, 0 :: v_dual_dot2acc_f32_{kind} v3, v0, v1",
+        vectors={0: registers(a, kind)[:32], 1: registers(b, kind)[:32], 3: np.float32(3)},
+    )
+    same(result.vector(3, np.float32), (a * b).sum(1)[:32] + 3)
+
+
 @pytest.mark.parametrize("table", [0x00, 0x80, 0xE8, 0x96, 0xCA, 0xFF])
 def test_any_function_of_three_bits(table: int) -> None:
     a, b, c = np.random.default_rng(1).integers(0, 2**32, (3, 64), np.uint32)

@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only", action="append", default=[], metavar="TEXT", help="only cases whose id has TEXT"
     )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="run in N processes")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write JSON, JUnit and HTML there")
     parser.add_argument("--list", action="store_true", help="list the cases and run nothing")
 
@@ -70,7 +71,7 @@ def main(args: argparse.Namespace) -> int:
     plan = runner.Plan(backend, device, cases, dtypes)
     print(_heading(plan, level))
     start = time.perf_counter()
-    results = runner.run(plan, progress())
+    results = runner.run(plan, progress(), jobs=args.jobs)
     seconds = time.perf_counter() - start
     partial = bool(args.only or args.dtype)
     found = report.document(plan, level, results, seconds, partial=partial)

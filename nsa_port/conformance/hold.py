@@ -48,9 +48,14 @@ def to_plain(context: Context, tensor: Tensor) -> Tensor:
 
 
 def forward(context: Context, inputs: Inputs) -> WholeForward:
-    """Compare every output of the operator, and what it returns without gradients."""
+    """Compare every output of the operator, and what it returns without gradients.
+
+    Where kernels are slow, only level 1 calls it without gradients, by `function`.
+    """
     got = run(inputs, context.name, needs_grad=True)
     outputs(context, inputs, got)
+    if context.slow:
+        return got
     with torch.no_grad():
         alone = run(inputs, context.name)
     with context.under("without gradients"):
@@ -81,12 +86,30 @@ def function(context: Context, inputs: Inputs) -> Tensor:
 
 def backward(context: Context, inputs: Inputs, *, seed: int = 99) -> tuple[Tensor, ...]:
     """Compare the gradients of all eight tensors, given the backend's own choice of blocks."""
+    return _differentiated(context, inputs, seed)[1]
+
+
+def both_ways(context: Context, inputs: Inputs) -> WholeForward:
+    """`forward` and `backward`; where kernels are slow, of one and the same call."""
+    if not context.slow:
+        got = forward(context, inputs)
+        backward(context, inputs)
+        return got
+    got, _ = _differentiated(context, inputs, 99)
+    got = WholeForward(*(tensor.detach() for tensor in got))
+    outputs(context, inputs, got)
+    return got
+
+
+def _differentiated(
+    context: Context, inputs: Inputs, seed: int
+) -> tuple[WholeForward, tuple[Tensor, ...]]:
     leaves = inputs.leaves()
     got = run(leaves, context.name, needs_grad=True)
     grad = like(got.out, seed)
     gradients = torch.autograd.grad(got.out, leaves.tensors, grad)
     compare_gradients(context, inputs, got.indices, grad, gradients)
-    return gradients
+    return got, gradients
 
 
 def compare_gradients(

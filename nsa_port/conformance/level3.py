@@ -39,9 +39,7 @@ def both_ways(shape: Shape, change: Callable[[Inputs], Inputs] = lambda given: g
     """Forward and backward of one call."""
 
     def check(context: Context) -> None:
-        given = change(inputs(context, shape))
-        hold.forward(context, given)
-        hold.backward(context, given)
+        hold.both_ways(context, change(inputs(context, shape)))
 
     return check
 
@@ -72,8 +70,7 @@ def _positions(context: Context) -> None:
     for label, positions in (("[T]", shuffled), ("[B, T] with padding", several)):
         with context.under(label):
             moved = replace(given, positions=positions.to(context.device))
-            got = hold.forward(context, moved)
-            hold.backward(context, moved)
+            got = hold.both_ways(context, moved)
     padded = several.to(context.device) < 0
     context.require(not got.out[padded].any(), "a padded row's output is not 0")
     context.require(bool((got.lse[:, padded] == -torch.inf).all()), "a padded row's lse")
@@ -89,8 +86,7 @@ def _packed_positions(context: Context) -> None:
         if queries
     ]
     moved = replace(given, positions=torch.cat(parts).to(context.device))
-    hold.forward(context, moved)
-    hold.backward(context, moved)
+    hold.both_ways(context, moved)
 
 
 def _strides(context: Context) -> None:
@@ -113,10 +109,7 @@ def _strides(context: Context) -> None:
     for change in (heads_first, every_other, padded_rows):
         moved = replace(given.map(change), gates=given.gates)
         with context.under(change.__name__.replace("_", " ")):
-            got = run(moved, context.name)
-            hold.selection(context, moved, got.indices)
-            hold.forward(context, moved)
-            hold.backward(context, moved)
+            hold.both_ways(context, moved)
     with context.under("expanded over the batch"):
         shared = given.map(lambda tensor: tensor[:1].expand(2, *tensor.shape[1:]))
         got = hold.forward(context, shared)
@@ -145,9 +138,10 @@ def _odd_lengths(context: Context) -> None:
     for T in lengths:
         with context.under(f"T={T}"):
             given = inputs(context, Shape(T=T, H=2, HK=1, Dk=16, Dv=16, cfg=cfg), seed=T)
-            hold.forward(context, given)
             if T in LENGTHS_WHERE_SLOW:
-                hold.backward(context, given)
+                hold.both_ways(context, given)
+            else:
+                hold.forward(context, given)
 
 
 def _head_dimensions(context: Context) -> None:

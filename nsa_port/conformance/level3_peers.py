@@ -107,8 +107,7 @@ def _wide_logits(context: Context) -> None:
         for k in (given.k_slc, given.k_win, given.k_cmp)
     )
     spread = replace(given, scale=200.0 / largest)
-    hold.forward(context, spread)
-    hold.backward(context, spread)
+    hold.both_ways(context, spread)
 
 
 def _rising_maximum(context: Context) -> None:

@@ -193,7 +193,7 @@ def compile_mixed(instruction: Instruction, architecture: Architecture) -> Step:
 
 def compile_dot(instruction: Instruction, architecture: Architecture) -> Step:
     """v_dot2_f32_f16 and its like: two products of halves added to a float32."""
-    match = re.match(r"v_dot2c?_f32_(f16|bf16)$", instruction.name)
+    match = re.match(r"v_dot2(?:c|acc)?_f32_(f16|bf16)$", instruction.name)
     assert match is not None
     kind = match.group(1)
     destination, left, right, *addend = instruction.operands
@@ -243,7 +243,7 @@ TABLE: Mapping[str, Compile] = {
     },
     **{
         f"v_{operation}_f32_{kind}": compile_dot
-        for operation in ("dot2", "dot2c")
+        for operation in ("dot2", "dot2c", "dot2acc")
         for kind in ("f16", "bf16")
     },
     "v_bitop3_b32": compile_logic,

@@ -92,7 +92,7 @@ class Waves:
 
     def whole(self, values: Array) -> Array:
         """Repeat a uniform operand for every chosen wave and lane."""
-        return np.broadcast_to(values, self.shape)
+        return values if values.shape == self.shape else np.broadcast_to(values, self.shape)
 
     def lds_base(self) -> Array:
         """int64 [count, 1]: where the LDS of each chosen wave's workgroup starts."""
