@@ -62,46 +62,71 @@ def query_bounds(
 
     Whatever the tensors of `layout` hold, all bounds lie in `0 .. num_rows`.
     """
+    return _bounds((kind,), num_queries, num_rows, num_rows, config, layout, device)[0]
+
+
+def all_bounds(
+    num_queries: int,
+    num_keys: int,
+    num_blocks: int,
+    config: NSAConfig,
+    layout: Layout,
+    device: torch.device,
+) -> tuple[QueryBounds, ...]:
+    """`query_bounds` of every `Kind`, in its order: over `num_blocks` rows where compressed."""
+    return _bounds(tuple(Kind), num_queries, num_keys, num_blocks, config, layout, device)
+
+
+def _bounds(
+    kinds: tuple[Kind, ...],
+    num_queries: int,
+    num_keys: int,
+    num_blocks: int,
+    config: NSAConfig,
+    layout: Layout,
+    device: torch.device,
+) -> tuple[QueryBounds, ...]:
+    """Bounds of successive kinds, in one launch."""
     positions = layout.positions
     batches = positions.shape[0] if positions is not None and positions.dim() == 2 else 1
-    shape = (batches, num_queries)
-    bounds = QueryBounds(
-        *(torch.empty(shape, dtype=torch.int32, device=device) for _ in QueryBounds._fields)
-    )
-    if layout.cu_seqlens is None or layout.cu_seqlens_k is None:
-        cu_queries = cu_keys = cu_rows = None
-        sequences = 1
+    shape = (len(kinds), 3, batches, num_queries)
+    bounds = torch.empty(shape, dtype=torch.int32, device=device)
+    cu_queries, cu_keys, cu_blocks, sequences = layout.cu_seqlens, layout.cu_seqlens_k, None, 1
+    if cu_queries is None or cu_keys is None:
+        cu_queries = cu_keys = None
     else:
-        cu_queries, cu_keys = layout.cu_seqlens.contiguous(), layout.cu_seqlens_k.contiguous()
-        compressed = kind == Kind.COMPRESSED
-        cu_rows = layout.compressed_cu_seqlens(config) if compressed else cu_keys
+        cu_queries, cu_keys = cu_queries.contiguous(), cu_keys.contiguous()
+        if Kind.COMPRESSED in kinds:
+            cu_blocks = layout.compressed_cu_seqlens(config)
         sequences = cu_queries.shape[0] - 1
     if positions is not None:
         positions = positions.contiguous()
-    grid = (batches * triton.cdiv(num_queries, _BLOCK),)
-    if grid[0]:
-        _query_bounds_kernel[grid](
+    programs = batches * triton.cdiv(num_queries, _BLOCK)
+    if programs:
+        _query_bounds_kernel[(programs, len(kinds))](
             positions,
             cu_queries,
             cu_keys,
-            cu_rows,
-            *bounds,
+            cu_blocks,
+            bounds,
+            int(kinds[0]),
             num_queries,
             layout.num_keys,
-            num_rows,
+            num_keys,
+            num_blocks,
+            batches,
             sequences,
             bits_of(sequences),
             config.block_size,
             config.block_stride,
             min(config.window_size, 2**30),
-            KIND=int(kind),
             BLOCK=_BLOCK,
         )
-    return bounds
+    return tuple(QueryBounds(*of_kind.unbind(0)) for of_kind in bounds.unbind(0))
 
 
 _LENGTHS = [
-    "T", "S", "num_rows", "num_sequences", "search_steps",
+    "first_kind", "T", "S", "num_keys", "num_blocks", "batches", "num_sequences", "search_steps",
     "block_size", "block_stride", "window_size",
 ]  # fmt: skip
 
@@ -111,26 +136,28 @@ def _query_bounds_kernel(
     positions,
     cu_queries,
     cu_keys,
-    cu_rows,
-    lower,
-    upper,
-    sequence,
+    cu_blocks,
+    bounds,
+    first_kind,
     T,
     S,
-    num_rows,
+    num_keys,
+    num_blocks,
+    batches,
     num_sequences,
     search_steps,
     block_size,
     block_stride,
     window_size,
-    KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: `BLOCK` queries of one batch."""
+    """One program: one kind of bounds for `BLOCK` queries of one batch."""
+    kind = first_kind + tl.program_id(1)
     tiles = tl.cdiv(T, BLOCK)
     i_batch = tl.program_id(0) // tiles
     o_query = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
     m_query = o_query < T
+    num_rows = tl.where(kind == 2, num_blocks, num_keys)
     if cu_queries is None:
         b_sequence = tl.zeros_like(o_query)
         m_known = m_query
@@ -141,29 +168,31 @@ def _query_bounds_kernel(
         b_sequence = find_interval(cu_queries + 1, o_query, num_sequences, search_steps)
         m_known = m_query & (b_sequence < num_sequences)
         b_sequence = tl.minimum(b_sequence, num_sequences - 1)
-        b_keys = tl.load(cu_keys + b_sequence + 1, mask=m_query, other=0)
-        b_keys -= tl.load(cu_keys + b_sequence, mask=m_query, other=0)
-        b_first = tl.load(cu_rows + b_sequence, mask=m_query, other=0)
+        b_first = tl.load(cu_keys + b_sequence, mask=m_query, other=0)
+        b_keys = tl.load(cu_keys + b_sequence + 1, mask=m_query, other=0) - b_first
+        if cu_blocks is not None:
+            m_block = m_query & (kind == 2)
+            b_first = tl.load(cu_blocks + b_sequence, mask=m_block, other=0) + tl.where(
+                kind == 2, 0, b_first
+            )
         b_position = o_query - tl.load(cu_queries + b_sequence + 1, mask=m_query, other=0) + b_keys
     if positions is not None:
         p_position = positions + i_batch.to(tl.int64) * T + o_query
         b_position = tl.load(p_position, mask=m_query, other=-1)
     b_position = tl.maximum(tl.minimum(b_position, b_keys - 1), -1)
-    if KIND == 2:
-        complete = (b_position + 1 - block_size) // block_stride + 1
-        b_upper = tl.where(b_position + 1 < block_size, 0, complete)
-    else:
-        b_upper = b_position + 1
-    b_lower = tl.zeros_like(b_upper)
-    if KIND == 1:
-        b_lower = tl.maximum(b_upper - window_size, 0)
+    b_complete = (b_position + 1 - block_size) // block_stride + 1
+    b_complete = tl.where(b_position + 1 < block_size, 0, b_complete)
+    b_upper = tl.where(kind == 2, b_complete, b_position + 1)
+    b_lower = tl.where(kind == 1, tl.maximum(b_upper - window_size, 0), 0)
     b_upper = tl.where(m_known, b_upper, b_lower)
     b_lower = tl.maximum(tl.minimum(b_first + b_lower, num_rows), 0)
     b_upper = tl.maximum(tl.minimum(b_first + b_upper, num_rows), b_lower)
-    o_out = i_batch.to(tl.int64) * T + o_query
-    tl.store(lower + o_out, b_lower, mask=m_query)
-    tl.store(upper + o_out, b_upper, mask=m_query)
-    tl.store(sequence + o_out, b_sequence, mask=m_query)
+    # [kind, lower / upper / sequence, batch, query]
+    stride = batches.to(tl.int64) * T
+    p_out = bounds + tl.program_id(1) * 3 * stride + i_batch.to(tl.int64) * T + o_query
+    tl.store(p_out, b_lower, mask=m_query)
+    tl.store(p_out + stride, b_upper, mask=m_query)
+    tl.store(p_out + 2 * stride, b_sequence, mask=m_query)
 
 
 class Tiles(NamedTuple):
