@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from nsa_port.backends.interface import PARTS, Environment, Problem, Reason
+from nsa_port.backends.interface import OPERATORS, Environment, Problem, Reason
 from nsa_port.backends.triton_checks import dtype_reasons, head_dim_reasons, triton_reasons
 
 _NVIDIA_NAMES = ("NVIDIA", "Tesla", "Quadro", "GeForce", "TITAN", "GRID")
@@ -17,7 +17,7 @@ class CudaBackend:
     level = 0
     conforms = False
     """Whether the suite passes on a GPU. Until it does, the kernels run in the interpreter only."""
-    kernels: Mapping[str, str] = dict.fromkeys(("mean_compress", *PARTS), "nsa_port.kernels.triton")
+    kernels: Mapping[str, str] = dict.fromkeys(OPERATORS, "nsa_port.kernels.triton")
 
     def is_native(self, environment: Environment) -> bool:
         return _is_nvidia(environment)

@@ -436,6 +436,25 @@ def test_cu_seqlens_that_point_nowhere_stay_in_bounds() -> None:
         kernels.mean_compress_backward(y, *arguments[:2])
 
 
+WHOLE = ("packed", "holes_per_batch_entry", "group_of_5", "paper", "paper_packed")
+
+
+@pytest.mark.parametrize("name", [name for name in WHOLE if name in by_name])
+def test_the_whole_and_its_gradients_are_those_of_the_reference(name: str) -> None:
+    case = by_name[name]
+    x = make_inputs(case)
+    tensors = x.tensors()
+    exact, exact_grads = reference_run("nsa_attention", case, tensors, (x.grad,), wide=True)
+    plain, plain_grads = reference_run("nsa_attention", case, tensors, (x.grad,), wide=False)
+    moved = on_device(*tensors)
+    whole = kernels.nsa_attention(*moved, *tail(case), True)
+    found = kernels.nsa_attention_backward(x.grad.to(DEVICE), *moved, whole, *tail(case))
+    assert_close(whole.out.cpu(), exact[0], plain[0], "out")
+    for place, *gradient in zip(x.names, found, exact_grads, plain_grads, strict=True):
+        gradient[0] = gradient[0].cpu()
+        assert_close(*gradient, f"d{place}", source=x.grad, lse=whole.lse.cpu())
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter compiles nothing")
 def test_a_new_length_compiles_nothing() -> None:
     from triton import knobs

@@ -31,6 +31,7 @@ from nsa_port.kernels.triton.interval_backward import (
 from nsa_port.kernels.triton.selected import selected_attention
 from nsa_port.kernels.triton.selected_backward import selected_attention_backward
 from nsa_port.kernels.triton.selection import select_blocks
+from nsa_port.kernels.triton.whole import nsa_attention, nsa_attention_backward
 
 interpreter.repair()
 
@@ -41,6 +42,8 @@ __all__ = [
     "compressed_attention_backward",
     "mean_compress",
     "mean_compress_backward",
+    "nsa_attention",
+    "nsa_attention_backward",
     "select_blocks",
     "selected_attention",
     "selected_attention_backward",

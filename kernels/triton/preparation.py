@@ -219,10 +219,11 @@ def _gated_rows_kernel(
         output = o_cmp if branch == 0 else (o_slc if branch == 1 else o_win)
         o_target = o_row if branch == 1 else o_by_head
         b_out = tl.load(output + o_out, mask=m_tile, other=0.0).to(tl.float32)
-        # [TILE * TILE]
-        b_delta = tl.sum(b_grad * b_out, 1)
+        # [TILE * TILE]; rows that see nothing may be padding, whose gradient is anything.
         b_lse = tl.load(lse + branch * count + o_row, mask=m_row, other=0.0)
-        b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2_E)
+        m_empty = b_lse == float("-inf")
+        b_lse = tl.where(m_empty, float("inf"), b_lse * LOG2_E)
+        b_delta = tl.where(m_empty, 0.0, tl.sum(b_grad * b_out, 1))
         b_gate = tl.load(p_gate + branch * stride_tg, mask=m_row, other=0.0).to(tl.float32)
         p_rows = rows + 3 * branch * count + o_target
         tl.store(p_rows, b_lse, mask=m_row)

@@ -15,11 +15,11 @@ from nsa_port.kernels.results import WholeForward
 from nsa_port.kernels.triton.bounds import all_bounds
 from nsa_port.kernels.triton.combining import combine
 from nsa_port.kernels.triton.host import last_contiguous, on_device_of
-from nsa_port.kernels.triton.interval import interval_attention
-from nsa_port.kernels.triton.interval_backward import interval_backward
+from nsa_port.kernels.triton.interval import _interval_attention as interval_attention
+from nsa_port.kernels.triton.interval_backward import BackwardRows, interval_backward
 from nsa_port.kernels.triton.preparation import gated_rows
 from nsa_port.kernels.triton.selected import attend_selected
-from nsa_port.kernels.triton.selected_backward import attend_selected_backward
+from nsa_port.kernels.triton.selected_backward import selected_gradients
 from nsa_port.kernels.triton.selection import blocks_of
 
 
@@ -76,15 +76,15 @@ def nsa_attention_backward(
         (of_cmp, of_slc, of_win), dgates = gated_rows(grad, outputs, saved.lse, gates)
         cu_blocks = layout.compressed_cu_seqlens(config) if layout.packed else None
         dq, dk_cmp, dv_cmp = interval_backward(
-            (grad, of_cmp.lse_log2, of_cmp.delta), q, k_cmp, v_cmp, visible, cu_blocks, layout,
+            BackwardRows(grad, *of_cmp[:2]), q, k_cmp, v_cmp, visible, cu_blocks, layout,
             scale, gate=of_cmp.gate,
         )  # fmt: skip
-        dq, dk_slc, dv_slc = attend_selected_backward(
-            (grad, of_slc.lse_log2, of_slc.delta), q, k_slc, v_slc, saved.indices, causal, config,
+        dq, dk_slc, dv_slc = selected_gradients(
+            BackwardRows(grad, *of_slc[:2]), q, k_slc, v_slc, saved.indices, causal, config,
             layout, scale, gate=of_slc.gate, dq=dq,
         )  # fmt: skip
         dq, dk_win, dv_win = interval_backward(
-            (grad, of_win.lse_log2, of_win.delta), q, k_win, v_win, window, layout.cu_seqlens_k,
+            BackwardRows(grad, *of_win[:2]), q, k_win, v_win, window, layout.cu_seqlens_k,
             layout, scale, gate=of_win.gate, dq=dq,
         )  # fmt: skip
     return dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates
