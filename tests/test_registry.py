@@ -25,6 +25,7 @@ from nsa_port.backends.interface import (
 )
 from nsa_port.backends.rocm import ARCHITECTURES, RocmBackend
 from nsa_port.backends.torch import TorchBackend
+from nsa_port.kernels import tables
 
 BOTH = ("amd", "nvidia")
 H200 = Environment(
@@ -225,12 +226,11 @@ def test_an_amd_gpu_on_which_the_suite_never_passed_is_taken_only_when_forced(ma
 
 
 def test_an_unknown_gfx_runs_when_forced_with_the_generic_table() -> None:
-    pytest.importorskip("triton")
-    from nsa_port.kernels.triton import host
-
     choice = registry.select(BACKENDS, MACHINES["unknown gfx"], PROBLEM, "rocm")
     assert choice.backend is BACKENDS[1]
-    assert host.load_table("gfx1034") == host.load_table("generic")
+    generic = tables.tuned(tables.GENERIC, "interval_forward", 2, 128)
+    assert tables.tuned("gfx1034", "interval_forward", 2, 128) == generic
+    assert tables.tuned("sm_90", "interval_forward", 2, 128) != generic
 
 
 def test_forcing_overrides_no_reason_that_is_not_soft() -> None:
