@@ -15,6 +15,7 @@ COMMANDS = {
     "conformance": ("nsa_port.conformance.command", "hold a backend to the reference"),
     "compare": ("nsa_port.conformance.comparison", "two conformance results side by side"),
     "bench": ("nsa_port.bench.command", "speed and memory next to dense attention"),
+    "tune": ("nsa_port.tune.command", "find the fastest kernel settings for this GPU"),
 }
 """Subcommand -> the module with its `add_arguments(parser)` and `main(args) -> int`, and help."""
 

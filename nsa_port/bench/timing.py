@@ -20,6 +20,7 @@ from nsa_port.bench.shapes import Shape
 _SECONDS = 20.0  # how long one group of measurements goes on repeating
 _LONG = 60.0  # a first round of this length is not worth repeating to leave out its warm-up
 _CACHE_BYTES = 1 << 28  # more than any device's last-level cache
+_FLUSHES = 8
 
 
 class Sample(NamedTuple):
@@ -35,8 +36,9 @@ def once(call: Callable[[], object], device: str) -> Sample:
     cpu_started, started = time.process_time(), time.perf_counter()
     if torch.device(device).type == "cuda":
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # The device is still at this when the call's kernels are queued.
-        _cache_flusher(device).zero_()
+        # Several times, so that the device is still at it when the call's kernels are queued.
+        for _ in range(_FLUSHES):
+            _cache_flusher(device).zero_()
         start.record()
         call()
         stop.record()

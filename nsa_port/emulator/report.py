@@ -78,9 +78,9 @@ class Report:
     """What a launch executed.
 
     instructions: of single waves, and by_class the same by `class_of`. matrix: MFMA or WMMA among
-    them. matrix_share: their cycles over all issue cycles. The rest is None unless the session
-    measured: bytes asked for, bytes touched at all, cache lines, LDS passes, and as many passes
-    without bank conflicts.
+    them. cycles: of issue, over all waves. matrix_share: how much of them MFMA or WMMA take. The
+    rest is None unless the session measured: bytes asked for, bytes touched at all, cache lines,
+    LDS passes, and as many passes without bank conflicts.
     """
 
     name: str
@@ -88,6 +88,7 @@ class Report:
     instructions: int
     by_class: Mapping[str, int]
     matrix: int
+    cycles: float
     matrix_share: float
     bytes_moved: int | None = None
     bytes_unique: int | None = None
@@ -139,6 +140,7 @@ def report(launch: object) -> Report:
         launch.counters.instructions,
         dict(by_class),
         by_class["matrix"],
+        total,
         of_matrices / total if total else 0.0,
         *measured,
     )
