@@ -13,19 +13,12 @@ if importlib.util.find_spec("triton") is None:
 from nsa_port.kernels import triton as kernels
 from nsa_port.kernels.geometry import Layout, NSAConfig
 from nsa_port.kernels.tables import shipped_table, tuned_to, values_of
+from nsa_port.tune.candidates import KERNELS
 from nsa_port.tune.compile_only import SHARED_MEMORY, compiling_for
 from nsa_port.tune.machine_code import reads_before_writes
 
 CONFIG = NSAConfig()
-FUNCTIONS = {
-    "interval_forward": "_interval_forward_kernel",
-    "interval_dq": "_interval_dq_kernel",
-    "interval_dkdv": "_interval_dkdv_kernel",
-    "block_scores": "_block_scores_kernel",
-    "selected_by_query": "_by_query_kernel",
-    "selected_by_block": "_by_block_kernel",
-    "selected_backward": "_by_block_backward_kernel",
-}
+FUNCTIONS = {name: kernel.function for name, kernel in KERNELS.items() if kernel.cuda}
 """Tuned kernel -> the device function that its values go to."""
 
 TABLES = {"sm_80": "sm_80", "sm_90": "sm_90", "sm_100": "sm_100", "generic": "sm_80"}

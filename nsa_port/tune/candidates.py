@@ -35,7 +35,7 @@ class Kernel:
 _ALWAYS = 1 << 30
 _AMD = {"matrix_instr_nonkdim": (16, 32), "waves_per_eu": (0, 2)}
 
-KERNELS: Mapping[str, Kernel] = {
+KERNELS: dict[str, Kernel] = {
     "interval_forward": Kernel(
         "_interval_forward_kernel",
         ("compressed", "window"),

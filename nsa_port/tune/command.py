@@ -238,8 +238,8 @@ def _run(trials: list[Trial]) -> None:
 class _Runner:
     """Runs candidates in a process of their own, a new one after each that broke the device."""
 
-    def __init__(self, in_process: bool) -> None:
-        self._in_process = in_process
+    def __init__(self, in_process: bool, start: str = "spawn") -> None:
+        self._in_process, self._start = in_process, start
         self._pool: ProcessPoolExecutor | None = None
 
     def __call__(self, trial: Trial, against_table: bool) -> Verdict:
@@ -247,7 +247,7 @@ class _Runner:
         if self._in_process:
             return try_candidate(*task)
         if self._pool is None:
-            self._pool = ProcessPoolExecutor(1, get_context("spawn"))
+            self._pool = ProcessPoolExecutor(1, get_context(self._start))
         try:
             verdict = self._pool.submit(try_candidate, *task).result()
         except BrokenProcessPool:
