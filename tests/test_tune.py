@@ -150,10 +150,16 @@ def test_a_candidate_that_fails_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
 # --------------------------------------------------------------------------- compiling
 
 
-def compiled(values: Values, arch: str = "sm_90", may_spill: bool = False) -> str:
+def compiled(
+    values: Values, arch: str = "sm_90", may_spill: bool = False, shared_memory: int | None = None
+) -> str:
     pytest.importorskip("triton")
     job = dataclasses.replace(
-        JOB, module="nsa_port.kernels.triton", arch=arch, heads=parse_heads("16,1,128,128")
+        JOB,
+        module="nsa_port.kernels.triton",
+        arch=arch,
+        heads=parse_heads("16,1,128,128"),
+        shared_memory=shared_memory,
     )
     return trial.compile_candidate(job, KERNEL, {**SHIPPED, **values}, may_spill)
 
@@ -161,7 +167,7 @@ def compiled(values: Values, arch: str = "sm_90", may_spill: bool = False) -> st
 def test_candidates_that_cannot_run_well_are_out_before_they_run() -> None:
     fits = {"BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
     assert compiled(fits) == ""
-    assert "OutOfResources" in compiled({"BLOCK_N": 128, "num_warps": 8, "num_stages": 4})
+    assert "OutOfResources" in compiled(fits, shared_memory=1024)
     spilling = {"BLOCK_N": 64, "num_warps": 1, "num_stages": 1}
     assert "spills" in compiled(spilling)
     assert compiled(spilling, may_spill=True) == ""
@@ -217,7 +223,7 @@ def test_a_run_ends_in_a_table_that_the_library_uses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grid = {"BLOCK_N": (16, 32, 64)}
-    monkeypatch.setitem(command.KERNELS, KERNEL, dataclasses.replace(KERNELS[KERNEL], cuda=grid))
+    monkeypatch.setitem(KERNELS, KERNEL, dataclasses.replace(KERNELS[KERNEL], cuda=grid))
     job = dataclasses.replace(JOB, backend="cuda")
     found = tune(job, [HEADS], [KERNEL])
     assert found.best == {(KERNEL, (32, 16)): {**SHIPPED, "BLOCK_N": 64}}
