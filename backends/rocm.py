@@ -18,7 +18,7 @@ class RocmBackend:
     level = 3
     conforming: Collection[str] = ()
     """The architectures on whose hardware the suite passed; automatic choice takes no other."""
-    kernels: Mapping[str, str] = dict.fromkeys(("mean_compress", *PARTS), "nsa_port.kernels.triton")
+    kernels: Mapping[str, str] = dict.fromkeys(("mean_compress", *PARTS), "nsa_port.kernels.amd")
 
     def is_native(self, environment: Environment) -> bool:
         return environment.device_type == "cuda" and environment.hip_version is not None

@@ -25,6 +25,8 @@ FOLDER_VARIABLE = "NSA_PORT_TABLES"
 SHIPPED = Path(__file__).parent / "configs"
 GENERIC = "generic"
 """The table of architectures that have none, which fits wherever a kernel can run at all."""
+GENERIC_AMD = "generic_gfx"
+"""The same for AMD's architectures, to which NVIDIA's values say nothing."""
 
 CONDITIONS = ("element_size", "head_dim", "exact_dims")
 
@@ -45,7 +47,7 @@ def tuned(
 ) -> Values:
     """The tuned values of a kernel: those of the first entry that fits.
 
-    Architectures without a table take `generic`'s.
+    Architectures without a table take `generic`'s, AMD's `generic_gfx`'s.
 
     Raises:
         ValueError: the head dimension is larger than any entry's.
@@ -86,9 +88,10 @@ def load_table(arch: str) -> Table:
 
 
 def shipped_table(arch: str) -> Table:
-    """The table that comes with this package, `generic` for an architecture that has none."""
+    """The table that comes with this package, its maker's generic one for what has none."""
     path = SHIPPED / f"{arch}.json"
-    path = path if arch and path.exists() else SHIPPED / f"{GENERIC}.json"
+    if not arch or not path.exists():
+        path = SHIPPED / f"{GENERIC_AMD if arch.startswith('gfx') else GENERIC}.json"
     return dict(json.loads(path.read_text(encoding="utf-8"))["kernels"])
 
 

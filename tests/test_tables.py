@@ -59,6 +59,10 @@ def test_an_unknown_architecture_takes_the_generic_entries() -> None:
     assert load_table("sm_77") == load_table("generic") == load_table("")
 
 
+def test_an_unknown_amd_architecture_never_takes_nvidias_entries() -> None:
+    assert load_table("gfx1234") == load_table("generic_gfx") != load_table("generic")
+
+
 def test_an_entry_of_the_users_folder_comes_first(folder: Path) -> None:
     write(folder, "sm_90", {"selected_by_query": [ENTRY]})
     found = tuned("sm_90", "selected_by_query", 2, 128)

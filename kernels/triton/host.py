@@ -94,3 +94,11 @@ def _arch_of_device(index: int) -> str:
     if torch.version.hip is not None:
         return str(properties.gcnArchName).split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
+
+
+def launch_options(values: dict[str, int]) -> dict[str, int]:
+    """Of a kernel's tuned values, those that go to the compiler and not to the kernel."""
+    return {name: values[name] for name in _OPTIONS if name in values}
+
+
+_OPTIONS = ("num_warps", "num_stages", "matrix_instr_nonkdim", "kpack", "waves_per_eu")

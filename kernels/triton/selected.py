@@ -21,6 +21,7 @@ from nsa_port.kernels.triton.bounds import Kind, QueryBounds, query_bounds
 from nsa_port.kernels.triton.host import (
     LOG2_E,
     arch_of,
+    launch_options,
     on_device_of,
     split_arguments,
     split_head,
@@ -183,8 +184,7 @@ def _by_block(
             **heads,
             BLOCK_M=tuned_block["BLOCK_M"],
             BLOCK_N=block_n,
-            num_warps=tuned_block["num_warps"],
-            num_stages=tuned_block["num_stages"],
+            **launch_options(tuned_block),
         )
         _merge_kernel[(count * B * HK,)](
             partial_out,

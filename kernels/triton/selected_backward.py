@@ -20,6 +20,7 @@ from nsa_port.kernels.triton.host import (
     LOG2_E,
     arch_of,
     last_contiguous,
+    launch_options,
     on_device_of,
     split_arguments,
     split_head,
@@ -158,8 +159,7 @@ def selected_gradients(
                 **sizes,
                 **split_arguments(split_head(Dk), split_head(Dv)),
                 BLOCK_M=values["BLOCK_M"],
-                num_warps=values["num_warps"],
-                num_stages=values["num_stages"],
+                **launch_options(values),
             )
             _add_segments_kernel[(lists.bins * parts,)](
                 partial_dkdv,

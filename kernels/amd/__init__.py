@@ -1,0 +1,33 @@
+"""The operators on AMD GPUs: `nsa_port.kernels.triton`'s, except where AMD asks for others.
+
+What differs only in numbers is a table under `kernels/configs/`; what differs in kind is a file
+here, and says where it serves. Everywhere else, in Triton's interpreter too, the shared kernels do.
+"""
+
+from nsa_port.kernels.amd.selected import selected_attention
+from nsa_port.kernels.triton import (
+    combine,
+    combine_backward,
+    compressed_attention,
+    compressed_attention_backward,
+    mean_compress,
+    mean_compress_backward,
+    select_blocks,
+    selected_attention_backward,
+    window_attention,
+    window_attention_backward,
+)
+
+__all__ = [
+    "combine",
+    "combine_backward",
+    "compressed_attention",
+    "compressed_attention_backward",
+    "mean_compress",
+    "mean_compress_backward",
+    "select_blocks",
+    "selected_attention",
+    "selected_attention_backward",
+    "window_attention",
+    "window_attention_backward",
+]

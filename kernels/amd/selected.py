@@ -1,0 +1,269 @@
+"""Attention over the blocks that each query chose, by query, for GPUs with MFMA (gfx9).
+
+One wave attends with 16 or 32 heads of a group as rows: with so few rows more waves would only
+repeat each other's products. Keys and values go straight to registers (`matrix_tiles`). Blocks that
+a query sees in full, all but its own, take no mask anywhere, and a slot without a block costs a
+scalar branch.
+
+Other GPUs, and what the table gives to the kernel by block, go to the shared kernels.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from nsa_port.kernels.amd.chips import CHIPS
+from nsa_port.kernels.amd.matrix_tiles import (
+    as_left_operand,
+    load_keys,
+    load_queries,
+    load_values,
+    scores_layout,
+    store_result,
+)
+from nsa_port.kernels.amd.placement import item_of, workgroups
+from nsa_port.kernels.geometry import Layout, NSAConfig
+from nsa_port.kernels.triton import selected
+from nsa_port.kernels.triton.bounds import Kind, query_bounds
+from nsa_port.kernels.triton.host import (
+    LOG2_E,
+    arch_of,
+    on_device_of,
+    split_arguments,
+    split_head,
+    strides,
+    tuned,
+)
+from nsa_port.kernels.triton.lists import block_rows
+
+_KERNEL = "selected_by_wave"
+_LOG_2 = gl.constexpr(0.6931471805599453)
+_LARGEST_OFFSET = 2**29
+"""Elements of 4 bytes that a buffer instruction reaches from its base."""
+
+_MOST_ROWS = 64
+"""Of a tile, whatever its kind."""
+
+
+def selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    config: NSAConfig,
+    layout: Layout,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """One softmax over all visible tokens of the chosen blocks (Eq. 11, 12). `out, lse`."""
+    if not _serves(q, k, v, config):
+        return selected.selected_attention(q, k, v, indices, config, layout, scale)
+    B, T, H, Dk = q.shape
+    S, HK, Dv = v.shape[1:]
+    G = H // HK
+    out = torch.empty((B, T, H, Dv), dtype=q.dtype, device=q.device)
+    lse = torch.empty((B, T, H), dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out, lse
+    arch = arch_of(q)
+    chip = CHIPS[arch]
+    values = dict(tuned(arch, _KERNEL, q.element_size(), Dk, Dv))
+    depth = min(chip.depths[q.element_size()], split_head(Dk).main)
+    whole_block = max(16, depth, triton.next_power_of_2(config.select_block_size))
+    block_n = min(values.pop("BLOCK_N"), whole_block)
+    heads = min(values.pop("most_heads"), max(16, triton.next_power_of_2(G)))
+    items = B * HK * triton.cdiv(G, heads) * T
+    with on_device_of(q):
+        bounds = query_bounds(Kind.CAUSAL, T, S, config, layout, q.device)
+        rows = block_rows(indices, bounds, config.select_block_size)
+        _by_wave_kernel[(workgroups(items, chip.dies),)](
+            q,
+            k,
+            v,
+            rows,
+            bounds.upper,
+            out,
+            lse,
+            abs(scale) * LOG2_E,
+            items,
+            T,
+            HK,
+            G,
+            bounds.stride,
+            *strides(q),
+            *strides(k),
+            *strides(v),
+            SLOTS=config.num_selected,
+            SELECT=config.select_block_size,
+            HEADS=heads,
+            BLOCK_N=block_n,
+            NEGATIVE_SCALE=scale < 0,
+            DIES=chip.dies,
+            MFMA_VERSION=chip.mfma_version,
+            MFMA_DEPTH=depth,
+            ROUNDS_BFLOAT16=chip.rounds_bfloat16,
+            **split_arguments(split_head(Dk), split_head(Dv)),
+            **values,
+        )
+    return out, lse
+
+
+def _serves(q: Tensor, k: Tensor, v: Tensor, config: NSAConfig) -> bool:
+    """Whether the kernel here is the one to take."""
+    T, H, Dk = q.shape[1:]
+    HK, Dv = v.shape[2:]
+    arch = arch_of(q)
+    if arch not in CHIPS:
+        return False
+    by_block = tuned(arch, "selected_by_block", q.element_size(), Dk, Dv)
+    if by_block["largest_group"] >= H // HK and by_block["fewest_queries"] <= T:
+        return False
+    return max(q.stride(2), k.stride(1), v.stride(1)) * _MOST_ROWS < _LARGEST_OFFSET
+
+
+@gluon.jit(do_not_specialize=["items", "T", "stride_bounds"])
+def _by_wave_kernel(
+    q,
+    k,
+    v,
+    rows,
+    upper,
+    out,
+    lse,
+    scale_log2,
+    items,
+    T,
+    HK,
+    G,
+    stride_bounds,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    SLOTS: gl.constexpr,
+    SELECT: gl.constexpr,
+    HEADS: gl.constexpr,
+    NEGATIVE_SCALE: gl.constexpr,
+    DIM_K: gl.constexpr,
+    K_MAIN: gl.constexpr,
+    K_REST: gl.constexpr,
+    DIM_V: gl.constexpr,
+    V_MAIN: gl.constexpr,
+    V_REST: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    DIES: gl.constexpr,
+    MFMA_VERSION: gl.constexpr,
+    MFMA_DEPTH: gl.constexpr,
+    ROUNDS_BFLOAT16: gl.constexpr,
+):
+    """One program, one wave: `HEADS` heads of one query and KV head, over all slots.
+
+    Items are ordered by batch and KV head, then by query: neighbours choose much the same blocks.
+    """
+    i_item = item_of(gl.program_id(0), items, DIES)
+    if i_item >= items:
+        return
+    LAYOUT: gl.constexpr = scores_layout(MFMA_VERSION, MFMA_DEPTH)
+    head_tiles = (G + HEADS - 1) // HEADS
+    i_query = i_item // head_tiles % T
+    i_column = i_item // head_tiles // T
+    i_kv = (i_column % HK).to(gl.int64)
+    i_batch = (i_column // HK).to(gl.int64)
+    first_head = i_item % head_tiles * HEADS
+    i_head = i_kv * G + first_head
+    heads = G - first_head
+
+    p_q = q + i_batch * stride_qb + i_query.to(gl.int64) * stride_qt + i_head * stride_qh
+    b_q = load_queries(p_q, stride_qh, heads, 0, K_MAIN, DIM_K, HEADS, LAYOUT)
+    b_q_rest = b_q
+    if K_REST:
+        b_q_rest = load_queries(p_q, stride_qh, heads, K_MAIN, K_REST, DIM_K, HEADS, LAYOUT)
+    if NEGATIVE_SCALE:
+        b_q, b_q_rest = -b_q, -b_q_rest
+    stop = gl.load(upper + i_batch * stride_bounds + i_query)
+    o_query = i_batch * T + i_query
+    p_rows = rows + (o_query * HK + i_kv) * SLOTS
+    p_k = k + i_batch * stride_kb + i_kv * stride_kh
+    p_v = v + i_batch * stride_vb + i_kv * stride_vh
+
+    ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    running_max = gl.full([HEADS], float("-inf"), gl.float32, ROW)
+    running_sum = gl.full([HEADS], 0.0, gl.float32, ROW)
+    accumulator = gl.full([HEADS, V_MAIN], 0.0, gl.float32, LAYOUT)
+    accumulator_rest = gl.full([HEADS, V_REST if V_REST else 16], 0.0, gl.float32, LAYOUT)
+    PARTS: gl.constexpr = (SELECT + BLOCK_N - 1) // BLOCK_N
+    for i_part in range(SLOTS * PARTS):
+        i_row = gl.load(p_rows + i_part // PARTS)
+        i_key = i_row + i_part % PARTS * BLOCK_N
+        seen = gl.minimum(stop, i_row + SELECT) - i_key
+        if (i_row >= 0) & (seen > 0):
+            p_k_tile = p_k + i_key.to(gl.int64) * stride_ks
+            p_v_tile = p_v + i_key.to(gl.int64) * stride_vs
+            if seen >= BLOCK_N:
+                running_max, running_sum, accumulator, accumulator_rest = _attend(
+                    running_max, running_sum, accumulator, accumulator_rest, b_q, b_q_rest,
+                    p_k_tile, p_v_tile, stride_ks, stride_vs, seen, scale_log2, False,
+                    HEADS, DIM_K, K_MAIN, K_REST, DIM_V, V_MAIN, V_REST, BLOCK_N,
+                    ROUNDS_BFLOAT16, LAYOUT,
+                )  # fmt: skip
+            else:
+                running_max, running_sum, accumulator, accumulator_rest = _attend(
+                    running_max, running_sum, accumulator, accumulator_rest, b_q, b_q_rest,
+                    p_k_tile, p_v_tile, stride_ks, stride_vs, seen, scale_log2, True,
+                    HEADS, DIM_K, K_MAIN, K_REST, DIM_V, V_MAIN, V_REST, BLOCK_N,
+                    ROUNDS_BFLOAT16, LAYOUT,
+                )  # fmt: skip
+
+    m_empty = running_sum == 0.0
+    running_sum = gl.where(m_empty, 1.0, running_sum)
+    b_lse = gl.where(m_empty, float("-inf"), (running_max + gl.log2(running_sum)) * _LOG_2)
+    o_out = o_query * HK * G + i_head
+    o_head = gl.arange(0, HEADS, ROW)
+    gl.store(lse + o_out + o_head, b_lse, mask=o_head < heads)
+    p_out = out + o_out * DIM_V
+    b_share = (1.0 / running_sum)[:, None]
+    store_result(p_out, accumulator * b_share, DIM_V, heads, 0, V_MAIN, DIM_V, HEADS)
+    if V_REST:
+        b_out = accumulator_rest * b_share
+        store_result(p_out, b_out, DIM_V, heads, V_MAIN, V_REST, DIM_V, HEADS)
+
+
+@gluon.jit
+def _attend(
+    running_max, running_sum, accumulator, accumulator_rest, b_q, b_q_rest,
+    p_k, p_v, stride_ks, stride_vs, seen, scale_log2,
+    MASKED: gl.constexpr, HEADS: gl.constexpr,
+    DIM_K: gl.constexpr, K_MAIN: gl.constexpr, K_REST: gl.constexpr,
+    DIM_V: gl.constexpr, V_MAIN: gl.constexpr, V_REST: gl.constexpr,
+    BLOCK_N: gl.constexpr, ROUNDS_BFLOAT16: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Continue the softmax over `BLOCK_N` keys, or the first `seen`, one at least, if masked."""
+    b_k = load_keys(p_k, stride_ks, seen, 0, K_MAIN, DIM_K, BLOCK_N, MASKED, LAYOUT)
+    b_v = load_values(p_v, stride_vs, seen, 0, V_MAIN, DIM_V, BLOCK_N, MASKED, LAYOUT)
+    # [HEADS, BLOCK_N]
+    b_s = gl.full([HEADS, BLOCK_N], 0.0, gl.float32, LAYOUT)
+    b_s = gl.amd.cdna3.mfma(b_q, b_k, b_s)
+    if K_REST:
+        b_k = load_keys(p_k, stride_ks, seen, K_MAIN, K_REST, DIM_K, BLOCK_N, MASKED, LAYOUT)
+        b_s = gl.amd.cdna3.mfma(b_q_rest, b_k, b_s)
+    if MASKED:
+        o_key = gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
+        b_s = gl.where((o_key < seen)[None, :], b_s, float("-inf"))
+    next_max = gl.maximum(running_max, gl.max(b_s, 1) * scale_log2)
+    b_p = gl.exp2(b_s * scale_log2 - next_max[:, None])
+    decay = gl.exp2(running_max - next_max)
+    running_sum = running_sum * decay + gl.sum(b_p, 1)
+    b_p = as_left_operand(b_p, b_v.dtype, ROUNDS_BFLOAT16, LAYOUT)
+    accumulator = gl.amd.cdna3.mfma(b_p, b_v, accumulator * decay[:, None])
+    if V_REST:
+        b_v = load_values(p_v, stride_vs, seen, V_MAIN, V_REST, DIM_V, BLOCK_N, MASKED, LAYOUT)
+        accumulator_rest = gl.amd.cdna3.mfma(b_p, b_v, accumulator_rest * decay[:, None])
+    return next_max, running_sum, accumulator, accumulator_rest

@@ -1,0 +1,82 @@
+"""Every tuned entry for an AMD GPU compiles for it, fits it, and uses its units. Needs no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from nsa_port.emulator.architectures import ARCHITECTURES
+from nsa_port.kernels import amd, tables
+from nsa_port.kernels import triton as shared
+from tests.compile_amd import AmdBuild, compiling_for_amd
+from tests.rocm_calls import FUNCTIONS, Shape, calls
+
+TABLES = {arch: (arch,) for arch in ARCHITECTURES}
+TABLES[tables.GENERIC_AMD] = ("gfx942", "gfx1100")
+"""Table -> the architectures to compile it for."""
+
+MATRIX = re.compile(r"v_(mfma|wmma)")
+
+
+def entries() -> list[tuple[str, str, str, int]]:
+    return [
+        (table, arch, kernel, index)
+        for table, architectures in TABLES.items()
+        for arch in architectures
+        for kernel, rows in tables.shipped_table(table).items()
+        for index in range(len(rows))
+    ]
+
+
+def built(arch: str, kernel: str, shape: Shape, values: dict[str, int]) -> AmdBuild:
+    """The device function of a tuned kernel, compiled with these values."""
+    call, function = FUNCTIONS[kernel]
+    if kernel.startswith("selected_by"):
+        by_block = {
+            "fewest_queries": 0,
+            "largest_group": 64 if kernel == "selected_by_block" else 0,
+        }
+    else:
+        by_block = {}
+    # The kernel that others take in place of `selected_by_wave`.
+    module = shared if kernel == "selected_by_query" else amd
+    with (
+        tables.tuned_to({kernel: values}),
+        tables.tuned_to({"selected_by_block": by_block}),
+        compiling_for_amd(arch) as builds,
+    ):
+        calls(module, shape)[call]()
+    return next(build for build in builds if build.name == function)
+
+
+@pytest.mark.parametrize(("table", "arch", "kernel", "index"), entries())
+def test_every_tuned_entry_fits_its_gpu(table: str, arch: str, kernel: str, index: int) -> None:
+    """At the largest head dimension that the entry is for; 192 is 192 and 128, as in the paper."""
+    row = tables.shipped_table(table)[kernel][index]
+    value_dim = 128 if row["head_dim"] == 192 else row["head_dim"]
+    dtype = torch.bfloat16 if row["element_size"] == 2 else torch.float32
+    shape = Shape(64, 512, 16, row["head_dim"], value_dim, dtype=dtype)
+    build = built(arch, kernel, shape, tables.values_of(row))
+    assert build.facts.problems() == ()
+    assert build.num_warps == row["num_warps"]
+    # A slot without a block has row -1: the compiler cannot know that no offset is negative.
+    assert build.facts.buffer_loads > 0 or kernel == "selected_by_query"
+    # RDNA has no matrix instruction for float32.
+    has_matrix = row["element_size"] == 2 or ARCHITECTURES[arch].generation == 9
+    assert bool(build.facts.matrix_instructions) == has_matrix
+    if kernel == "selected_by_wave":
+        assert build.facts.lds_bytes == 0, "a tile goes through the LDS"
+
+
+@pytest.mark.parametrize("kernel", ["interval_forward", "selected_by_wave"])
+def test_group_sizes_that_fill_no_tile_fit_too(kernel: str) -> None:
+    for group in (1, 5, 40):
+        shape = replace(Shape(64, 512), group=group)
+        assert built("gfx942", kernel, shape, {}).facts.problems() == ()
