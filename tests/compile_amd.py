@@ -42,6 +42,8 @@ class _Utils:
 
 
 class _AmdDriver(CompileOnlyDriver):
+    utils: Any
+
     def __init__(self, arch: str) -> None:
         self.utils = _Utils()
         self.device = next(_devices)

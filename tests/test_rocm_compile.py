@@ -18,8 +18,10 @@ from nsa_port.kernels import triton as shared
 from tests.compile_amd import AmdBuild, compiling_for_amd
 from tests.rocm_calls import FUNCTIONS, Shape, calls
 
-TABLES = {arch: (arch,) for arch in ARCHITECTURES}
-TABLES[tables.GENERIC_AMD] = ("gfx942", "gfx1100")
+TABLES: dict[str, tuple[str, ...]] = {
+    **{arch: (arch,) for arch in ARCHITECTURES},
+    tables.GENERIC_AMD: ("gfx942", "gfx1100"),
+}
 """Table -> the architectures to compile it for."""
 
 MATRIX = re.compile(r"v_(mfma|wmma)")
