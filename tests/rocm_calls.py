@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nsa_port.kernels.geometry import Layout, NSAConfig
+from nsa_port.kernels.tables import tuned_to
 
 CONFIG = NSAConfig()
 
@@ -89,9 +91,9 @@ def calls(kernels: ModuleType, shape: Shape) -> dict[str, Callable[[], Any]]:
 
 
 FUNCTIONS = {
-    "interval_forward": ("compressed", "_interval_forward_kernel"),
-    "interval_dq": ("compressed_backward", "_interval_dq_kernel"),
-    "interval_dkdv": ("compressed_backward", "_interval_dkdv_kernel"),
+    "interval_forward": ("window", "_interval_forward_kernel"),
+    "interval_dq": ("window_backward", "_interval_dq_kernel"),
+    "interval_dkdv": ("window_backward", "_interval_dkdv_kernel"),
     "block_scores": ("select", "_block_scores_kernel"),
     "selected_by_wave": ("selected", "_by_wave_kernel"),
     "selected_by_query": ("selected", "_by_query_kernel"),
@@ -99,3 +101,11 @@ FUNCTIONS = {
     "selected_backward": ("selected_backward", "_by_block_backward_kernel"),
 }
 """Tuned kernel -> a call that launches it, and the device function that its values go to."""
+
+
+@contextmanager
+def choosing(kernel: str, values: Mapping[str, int]) -> Iterator[None]:
+    """Lay values over a kernel's entry and see to it that the kernel is the one that is chosen."""
+    design = {"fewest_queries": 0, "largest_group": 64 if kernel == "selected_by_block" else 0}
+    with tuned_to({kernel: values}), tuned_to({"selected_by_block": design}):
+        yield

@@ -16,7 +16,7 @@ from nsa_port.emulator.architectures import ARCHITECTURES
 from nsa_port.kernels import amd, tables
 from nsa_port.kernels import triton as shared
 from tests.compile_amd import AmdBuild, compiling_for_amd
-from tests.rocm_calls import FUNCTIONS, Shape, calls
+from tests.rocm_calls import FUNCTIONS, Shape, calls, choosing
 
 TABLES: dict[str, tuple[str, ...]] = {
     **{arch: (arch,) for arch in ARCHITECTURES},
@@ -40,20 +40,9 @@ def entries() -> list[tuple[str, str, str, int]]:
 def built(arch: str, kernel: str, shape: Shape, values: dict[str, int]) -> AmdBuild:
     """The device function of a tuned kernel, compiled with these values."""
     call, function = FUNCTIONS[kernel]
-    if kernel.startswith("selected_by"):
-        by_block = {
-            "fewest_queries": 0,
-            "largest_group": 64 if kernel == "selected_by_block" else 0,
-        }
-    else:
-        by_block = {}
     # The kernel that others take in place of `selected_by_wave`.
     module = shared if kernel == "selected_by_query" else amd
-    with (
-        tables.tuned_to({kernel: values}),
-        tables.tuned_to({"selected_by_block": by_block}),
-        compiling_for_amd(arch) as builds,
-    ):
+    with choosing(kernel, values), compiling_for_amd(arch) as builds:
         calls(module, shape)[call]()
     return next(build for build in builds if build.name == function)
 

@@ -1,0 +1,255 @@
+"""Finds the tuned tables of AMD GPUs without one: by compiling, and counting on the emulator.
+
+    PYTHONPATH=. python3 ci/rocm_search.py gfx942 gfx950 --jobs 8
+    PYTHONPATH=. python3 ci/rocm_search.py gfx942 --kernels interval_dq   # the others as they are
+
+Each candidate is compiled and run on the emulator with few queries and many keys. One that spills
+registers or wants more LDS than there is, is out. The rest are ranked by issue cycles, which count
+matrix and other instructions by the rates of the instruction set, as if nothing ever waited; half
+as many again where a SIMD has only one wave, which waits whenever its memory does (a judgement, no
+measurement). Those within a tenth of the fewest are taken to be equal; among them the one that lets
+most waves onto a SIMD wins (four are enough), then the fewest bytes asked for, then the fewest
+cycles.
+
+Writes `kernels/configs/<arch>.json`, and all candidates with their counts to
+`ci/results/rocm-search-<arch>.json`. All five GPUs take half an hour on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from ci.rocm_measure import Run, measure
+from nsa_port.emulator.architectures import ARCHITECTURES
+from nsa_port.kernels import amd, tables
+from nsa_port.kernels import triton as shared
+from tests.compile_amd import compiling_for_amd
+from tests.rocm_calls import FUNCTIONS, Shape, calls, choosing
+
+ROOT = Path(__file__).parent.parent
+STATUS = (
+    "Derived from instruction counts on the emulator (ci/rocm_search.py); never run on the chip."
+)
+WITHIN = 1.1
+ALONE = 1.5
+ENOUGH_WAVES = 4
+
+Values = dict[str, int]
+
+CLASSES = {(2, 128): (128, 128), (2, 192): (192, 128), (2, 256): (256, 256),
+           (4, 128): (128, 128), (4, 256): (256, 256)}  # fmt: skip
+"""Element size and largest head dimension of an entry -> the head dimensions it is found with."""
+
+FIXED: dict[str, Values] = {
+    "selected_by_block": {"segment": 128, "largest_group": 0, "fewest_queries": 1024},
+    "selected_backward": {"segment": 256},
+    "selected_by_wave": {"most_heads": 16},
+}
+"""Values that a count of instructions says nothing about: how work is spread over the chip.
+
+The kernel by block is off (`largest_group`): even with one head to a group, whose tiles of 16 rows
+are nearly empty, one wave by query executes fewer instructions than lists, partial results and
+their merging.
+"""
+
+
+def candidates(arch: str, kernel: str, size: int, dim: int) -> list[list[Values]]:
+    """What to try: of each list, the first that fits.
+
+    Tiles are (`BLOCK_M`, `BLOCK_N`, `num_warps`), or without `BLOCK_M`. Asking for more waves on a
+    SIMD leaves each fewer registers; asking for none lets the compiler spread over accumulation
+    registers, between which and the others it then moves to and fro.
+    """
+    wide = ARCHITECTURES[arch].generation == 9
+    found: list[list[Values]] = []
+    for *tile, warps in TILES[kernel][size, wide]:
+        if dim == 256 and max(tile) > (64 if size == 2 else 32):
+            continue
+        values = dict(zip(("BLOCK_N", "BLOCK_M"), reversed(tile), strict=False))
+        values |= {"num_warps": warps, "num_stages": 1}
+        if wide and kernel != "selected_by_wave":
+            values["matrix_instr_nonkdim"] = 16
+            if arch != "gfx950" and size == 2:
+                values["kpack"] = 2
+        wanted = (3, 2, 1) if kernel == "selected_by_wave" else (2, 0) if wide else (0,)
+        found.append([{**values, "waves_per_eu": waves} if waves else values for waves in wanted])
+    return found
+
+
+_FORWARD = {
+    (2, True): [(128, 64, 4), (64, 64, 4), (64, 32, 2)],
+    (2, False): [(64, 32, 4), (64, 64, 4), (128, 32, 8)],
+    (4, True): [(32, 32, 2), (16, 16, 1)],
+    (4, False): [(32, 32, 4), (16, 16, 2)],
+}
+_BACKWARD = {
+    (2, True): [(64, 32, 4), (32, 64, 4), (16, 64, 2)],
+    (2, False): [(32, 32, 4), (32, 64, 4), (16, 64, 4)],
+    (4, True): [(16, 32, 4), (16, 16, 2)],
+    (4, False): [(16, 32, 4), (16, 16, 2)],
+}
+_ONE_QUERY = {
+    (2, True): [(32, 1), (64, 1)],
+    (2, False): [(32, 1), (64, 1), (64, 2)],
+    (4, True): [(16, 1), (16, 2)],
+    (4, False): [(16, 1), (16, 2), (16, 4)],
+}
+_ONE_WAVE = {
+    (2, True): [(64, 1), (32, 1), (16, 1)],
+    (4, True): [(32, 1), (16, 1)],
+    (2, False): [],
+    (4, False): [],
+}
+TILES: dict[str, dict[tuple[int, bool], list[tuple[int, ...]]]] = {
+    "interval_forward": _FORWARD,
+    "interval_dkdv": _BACKWARD,
+    "selected_backward": _BACKWARD,
+    "interval_dq": _FORWARD,
+    "block_scores": _FORWARD,
+    "selected_by_block": _FORWARD,
+    "selected_by_query": _ONE_QUERY,
+    "selected_by_wave": _ONE_WAVE,
+}
+
+
+def try_one(arch: str, kernel: str, shape: Shape, values: Values) -> Run | str:
+    """The launch of the tuned device function, or why the candidate is out."""
+    call, function = FUNCTIONS[kernel]
+    module = shared if kernel == "selected_by_query" else amd
+    try:
+        with choosing(kernel, values):
+            with compiling_for_amd(arch) as builds:
+                calls(module, shape)[call]()
+            problems = next(build for build in builds if build.name == function).facts.problems()
+            if problems:
+                return "; ".join(problems)
+            runs = measure(arch, calls(module, shape)[call])
+    except Exception as error:  # whatever goes wrong takes the candidate out
+        return f"{type(error).__name__}: {error}"[:200]
+    return next(run for run in runs if run.name == function)
+
+
+def best(runs: list[Run]) -> int:
+    """Which of the candidates that fit to take."""
+    cost = [run.cycles * (ALONE if run.waves_per_simd < 2 else 1.0) for run in runs]
+
+    def merit(number: int) -> tuple[float, ...]:
+        run = runs[number]
+        waves = min(run.waves_per_simd, ENOUGH_WAVES)
+        return (cost[number] > WITHIN * min(cost), -waves, run.bytes_moved, run.cycles)
+
+    return min(range(len(runs)), key=merit)
+
+
+def row_of(values: Values, outcome: Run | str) -> dict[str, Any]:
+    if isinstance(outcome, str):
+        return {**values, "out": outcome}
+    return {
+        **values,
+        "instructions": outcome.instructions,
+        "matrix_instructions": outcome.matrix,
+        "issue_cycles": round(outcome.cycles),
+        "matrix_share": round(outcome.matrix_cycles / outcome.cycles, 3),
+        "bytes_moved": outcome.bytes_moved,
+        "registers": outcome.facts.vector_registers,
+        "lds_bytes": outcome.facts.lds_bytes,
+        "waves_per_simd": outcome.waves_per_simd,
+    }
+
+
+def search(arch: str, kernel: str, size: int, dim: int) -> tuple[Values, list[dict[str, Any]]]:
+    """The entry of one kernel, and the counts of all candidates, the chosen one marked."""
+    key_dim, value_dim = CLASSES[size, dim]
+    dtype = torch.bfloat16 if size == 2 else torch.float32
+    queries = (
+        16 if kernel in ("selected_by_wave", "selected_by_query") else 128 if size == 2 else 64
+    )
+    shape = Shape(queries, 1024, 16, key_dim, value_dim, dtype=dtype)
+    rows: list[dict[str, Any]] = []
+    fitting: list[tuple[Values, Run, int]] = []
+    for alternatives in candidates(arch, kernel, size, dim):
+        for values in alternatives:
+            outcome = try_one(arch, kernel, shape, {**FIXED.get(kernel, {}), **values})
+            rows.append(row_of(values, outcome))
+            if isinstance(outcome, Run):
+                fitting.append((values, outcome, len(rows) - 1))
+                break
+    if not fitting:
+        raise RuntimeError(f"{kernel} on {arch}: no candidate fits: {rows}")
+    chosen, _, number = fitting[best([run for _, run, _ in fitting])]
+    rows[number]["chosen"] = True
+    entry = {"element_size": size, "head_dim": dim, **FIXED.get(kernel, {}), **chosen}
+    return entry, rows
+
+
+def write_table(arch: str, kernels: dict[str, list[Values]]) -> None:
+    lists = ",\n".join(
+        f'    "{kernel}": [\n' + ",\n".join(f"      {json.dumps(row)}" for row in rows) + "\n    ]"
+        for kernel, rows in kernels.items()
+    )
+    head = f'{{\n  "architecture": "{arch}",\n  "status": "{STATUS}",\n  "kernels": {{\n'
+    (tables.SHIPPED / f"{arch}.json").write_text(f"{head}{lists}\n  }}\n}}\n")
+
+
+def _search(task: tuple[str, str, int, int]) -> tuple[Values, list[dict[str, Any]]]:
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    found = search(*task)
+    print(*task, len(found[1]), f"candidates, {time.perf_counter() - started:.0f} s", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("arch", nargs="+", choices=list(ARCHITECTURES))
+    parser.add_argument("--kernels", nargs="+", default=list(TILES), choices=list(TILES))
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    arguments = parser.parse_args()
+    tasks = [
+        (arch, kernel, *entry)
+        for kernel in arguments.kernels
+        for arch in arguments.arch
+        for entry in CLASSES
+        if candidates(arch, kernel, 2, 128)
+    ]
+    with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
+        results = dict(zip(tasks, pool.map(_search, tasks, chunksize=1), strict=True))
+    for arch in arguments.arch:
+        write(arch, {task[1:]: found for task, found in results.items() if task[0] == arch})
+
+
+def write(
+    arch: str, found: dict[tuple[str, int, int], tuple[Values, list[dict[str, Any]]]]
+) -> None:
+    """Put what was found into the table and the reasons; kernels not searched stay as they are."""
+    reasons = ROOT / "ci" / "results" / f"rocm-search-{arch}.json"
+    why: dict[str, Any] = json.loads(reasons.read_text())["kernels"] if reasons.exists() else {}
+    kernels = tables.shipped_table(arch) if (tables.SHIPPED / f"{arch}.json").exists() else {}
+    for kernel in dict.fromkeys(kernel for kernel, _, _ in found):
+        entries = {key[1:]: value for key, value in found.items() if key[0] == kernel}
+        kernels[kernel] = [entry for entry, _ in entries.values()]
+        why[kernel] = {f"{size} bytes, {dim}": rows for (size, dim), (_, rows) in entries.items()}
+    write_table(arch, kernels)
+    head = {"architecture": arch, "rule": __doc__.split("\n\n")[2], "triton": triton.__version__}
+    lines = ",\n".join(
+        f'  "{kernel}": {{\n'
+        + ",\n".join(
+            f'   "{entry}": [\n' + ",\n".join(f"    {json.dumps(row)}" for row in rows) + "\n   ]"
+            for entry, rows in entries.items()
+        )
+        + "\n  }"
+        for kernel, entries in why.items()
+    )
+    reasons.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "kernels": {{\n{lines}\n }}\n}}\n')
+
+
+if __name__ == "__main__":
+    main()
