@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
+
+import triton
 
 from nsa_port.emulator import emulated
 from nsa_port.emulator.architectures import ARCHITECTURES, Architecture
 from nsa_port.emulator.driver import Launch
-from nsa_port.emulator.report import Compiled, issue_cycles, report
-from tests.compile_amd import loaded_builds
+from nsa_port.emulator.report import Compiled, inspect, issue_cycles, report
 
 _facts: dict[tuple[str, int], Compiled] = {}
 """What the compiler made of each program that ran: Triton loads a kernel once in a process."""
@@ -49,9 +52,8 @@ class Run:
 
 def measure(arch: str, call: Callable[[], Any], *, traffic: bool = True) -> list[Run]:
     """Run a call on an emulated `arch` and count; data races and stray accesses raise."""
-    with loaded_builds() as builds, emulated(arch, measure=traffic) as session:
+    with _loaded() as fresh, emulated(arch, measure=traffic) as session:
         call()
-    fresh = {build.name: build.facts for build in builds}
     runs = []
     for launch in session.launches:
         key = (launch.name, id(launch.program))
@@ -60,6 +62,24 @@ def measure(arch: str, call: Callable[[], Any], *, traffic: bool = True) -> list
             _kept.append(launch)
         runs.append(_run_of(launch, _facts[key]))
     return runs
+
+
+@contextmanager
+def _loaded() -> Iterator[dict[str, Compiled]]:
+    """By name, what the compiler made of the kernels that Triton loads inside."""
+    found: dict[str, Compiled] = {}
+    hook = triton.knobs.runtime.kernel_load_end_hook
+
+    def keep(module: Any, function: Any, name: str, files: dict[str, str], hash: str) -> None:
+        text = {Path(file).suffix: Path(path) for file, path in files.items()}
+        metadata = json.loads(text[".json"].read_text())
+        found[metadata["name"]] = inspect(text[".amdgcn"].read_text(), metadata["shared"])
+
+    triton.knobs.runtime.kernel_load_end_hook = keep
+    try:
+        yield found
+    finally:
+        triton.knobs.runtime.kernel_load_end_hook = hook
 
 
 _kept: list[Launch] = []

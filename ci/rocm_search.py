@@ -29,9 +29,10 @@ import triton
 
 from ci.rocm_measure import Run, measure
 from nsa_port.emulator.architectures import ARCHITECTURES
+from nsa_port.emulator.report import inspect
 from nsa_port.kernels import amd, tables
 from nsa_port.kernels import triton as shared
-from tests.compile_amd import compiling_for_amd
+from nsa_port.tune.compile_only import compiling_for
 from tests.rocm_calls import FUNCTIONS, Shape, calls, choosing
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +42,7 @@ STATUS = (
 WITHIN = 1.1
 ALONE = 1.5
 ENOUGH_WAVES = 4
+ANY = 2**30
 
 Values = dict[str, int]
 
@@ -126,9 +128,10 @@ def try_one(arch: str, kernel: str, shape: Shape, values: Values) -> Run | str:
     module = shared if kernel == "selected_by_query" else amd
     try:
         with choosing(kernel, values):
-            with compiling_for_amd(arch) as builds:
+            with compiling_for(arch, ANY) as builds:
                 calls(module, shape)[call]()
-            problems = next(build for build in builds if build.name == function).facts.problems()
+            build = next(build for build in builds if build.name == function)
+            problems = inspect(build.assembly, build.shared).problems()
             if problems:
                 return "; ".join(problems)
             runs = measure(arch, calls(module, shape)[call])

@@ -228,7 +228,7 @@ def test_an_amd_gpu_on_which_the_suite_never_passed_is_taken_only_when_forced(ma
 def test_an_unknown_gfx_runs_when_forced_with_the_generic_table() -> None:
     choice = registry.select(BACKENDS, MACHINES["unknown gfx"], PROBLEM, "rocm")
     assert choice.backend is BACKENDS[1]
-    generic = tables.tuned(tables.GENERIC, "interval_forward", 2, 128)
+    generic = tables.tuned(tables.GENERIC_AMD, "interval_forward", 2, 128)
     assert tables.tuned("gfx1034", "interval_forward", 2, 128) == generic
     assert tables.tuned("sm_90", "interval_forward", 2, 128) != generic
 

@@ -121,6 +121,8 @@ def _serves(q: Tensor, k: Tensor, v: Tensor, config: NSAConfig) -> bool:
     by_block = tuned(arch, "selected_by_block", q.element_size(), Dk, Dv)
     if by_block["largest_group"] >= H // HK and by_block["fewest_queries"] <= T:
         return False
+    if not tuned(arch, _KERNEL, q.element_size(), Dk, Dv)["most_heads"]:
+        return False
     return max(q.stride(2), k.stride(1), v.stride(1)) * _MOST_ROWS < _LARGEST_OFFSET
 
 
