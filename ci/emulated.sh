@@ -1,21 +1,27 @@
 #!/usr/bin/env bash
-# The conformance suite (levels 0 to 3) on emulated AMD GPUs, on any machine; the whole of them takes
-# about an hour of CPU time.
+# On any machine: the backend `rocm` on emulated AMD GPUs, held to the conformance suite and to the
+# operators' own tests, with every access checked and data races between workgroups reported.
 #   ci/emulated.sh [ARCHITECTURE ...]    by default gfx90a gfx942 gfx950 gfx1100 gfx1201
-# PYTHON names an interpreter with torch, triton and numpy (python3), OUT the folder of the reports
-# (emulated), JOBS how many architectures run at once (1), LEVEL the highest level (3).
-# Fails if one does not conform.
-set -euo pipefail
+# PYTHON names an interpreter with torch, triton, numpy and pytest (python3), OUT the folder of the
+# reports (emulated), JOBS the number of processes (1; more need pytest-xdist), LEVEL the suite's (3).
+# Fails if one architecture does.
+set -uo pipefail
 cd "$(dirname "$0")/.."
 [ $# -gt 0 ] || set -- gfx90a gfx942 gfx950 gfx1100 gfx1201
-export PYTHON=${PYTHON:-python3} OUT=${OUT:-emulated} LEVEL=${LEVEL:-3}
-# One thread: the emulator has no use for more. Interpreted kernels would never be compiled.
+python=${PYTHON:-python3} out=${OUT:-emulated} jobs=${JOBS:-1} failed=()
+# The emulator has no use for more threads, and kernels that are interpreted are not compiled.
 export OMP_NUM_THREADS=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-unset TRITON_INTERPRET NSA_PORT_BACKEND
+unset TRITON_INTERPRET NSA_PORT_BACKEND NSA_PORT_TABLES
 
-run() {
-  NSA_PORT_EMULATE=$1 "$PYTHON" -m nsa_port conformance --backend rocm --level "$LEVEL" \
-    --out "$OUT/$1" | sed "s/^/$1: /"
-}
-export -f run
-printf '%s\0' "$@" | xargs -0 -n 1 -P "${JOBS:-1}" bash -c 'set -o pipefail; run "$1"' run
+parallel=()
+[ "$jobs" = 1 ] || parallel=(-n "$jobs" --dist worksteal)
+for arch in "$@"; do
+  export NSA_PORT_EMULATE=$arch
+  "$python" -m nsa_port conformance --backend rocm --level "${LEVEL:-3}" --jobs "$jobs" \
+    --out "$out/$arch" || failed+=("$arch (suite)")
+  "$python" -m pytest -p no:cacheprovider "${parallel[@]}" --junit-xml "$out/$arch/operators.xml" \
+    tests/triton_operators.py || failed+=("$arch (operators)")
+done
+[ ${#failed[@]} -eq 0 ] && exit
+printf 'failed: %s\n' "${failed[@]}" >&2
+exit 1
