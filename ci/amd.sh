@@ -91,7 +91,7 @@ fi
 if wanted bench; then
   for dtype in bfloat16 float32; do
     step "bench-$dtype" nsa-port bench --backend rocm --dtype "$dtype" --lengths 4096,16384,65536 \
-      --decode --json "$report/bench-$dtype.json"
+      --decode --out "$report/bench-$dtype.json"
   done
 fi
 

@@ -151,7 +151,7 @@ def test_a_candidate_that_fails_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def compiled(
-    values: Values, arch: str = "sm_90", may_spill: bool = False, shared_memory: int | None = None
+    values: Values, arch: str = "sm_90", may_spill: int = 0, shared_memory: int | None = None
 ) -> str:
     pytest.importorskip("triton")
     job = dataclasses.replace(
@@ -170,7 +170,7 @@ def test_candidates_that_cannot_run_well_are_out_before_they_run() -> None:
     assert "OutOfResources" in compiled(fits, shared_memory=1024)
     spilling = {"BLOCK_N": 64, "num_warps": 1, "num_stages": 1}
     assert "spills" in compiled(spilling)
-    assert compiled(spilling, may_spill=True) == ""
+    assert compiled(spilling, may_spill=10_000) == ""
 
 
 def test_candidates_for_amd_are_compiled_too() -> None:
@@ -210,7 +210,7 @@ def timed_by_block_n(monkeypatch: pytest.MonkeyPatch) -> None:
         return Sample(1.0 / tuned("sm_90", KERNEL, 4, 32, 16)["BLOCK_N"], 0.0)
 
     monkeypatch.setattr(trial, "once", clock)
-    monkeypatch.setattr(command, "_compile", lambda trials: None)
+    monkeypatch.setattr(command, "_compile", lambda trials, may_spill: None)
     monkeypatch.setattr(command._Runner, "__call__", run_in_process)
 
 

@@ -67,6 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--backward", action=argparse.BooleanOptionalAction, default=True)
     add("--memory", action=argparse.BooleanOptionalAction, default=True)
     add("--rounds", type=int, help="how often each is timed; by default until it is worth no more")
+    add(
+        "--profile",
+        action="store_true",
+        help="also the time of every kernel inside a call, on GPUs",
+    )
     add("--out", metavar="FILE", help="write the results there as JSON")
     add("--plot", metavar="FILE", help="draw time and memory there; needs matplotlib")
 
@@ -99,6 +104,7 @@ def main(args: argparse.Namespace) -> int:
         backward=args.backward,
         memory=args.memory,
         rounds=args.rounds,
+        profile=args.profile,
     )
     print(table(results))
     if args.out:
@@ -124,6 +130,7 @@ def run(
     backward: bool = True,
     memory: bool = True,
     rounds: int | None = None,
+    profile: bool = False,
 ) -> dict[str, Any]:
     """Time and memory of each operator and of the whole at each length, as plain data.
 
@@ -168,7 +175,8 @@ def run(
             here = {"shape": heads.name}
             rows: list[dict[str, Any]] = []
             for group in passes.groups(shape, decode=decode, parts=parts, backward=backward):
-                rows += [here | row for row in measure_group(shape, group, peaks, rounds)]
+                measured = measure_group(shape, group, peaks, rounds, profile and on_gpu)
+                rows += [here | row for row in measured]
             results["rows"] += rows
             results["ratios"] += _ratios(rows)
             results["choices"].append(here | _choices(shape))
@@ -208,6 +216,8 @@ def table(results: dict[str, Any]) -> str:
             f"{row['shape']:12}{row['length']:>8}  {row['group']:22}{row['name']:20}"
             f"{time_ms:>11}{floor:>10}{share:>10}"
         )
+        for kernel, seconds in row.get("kernels", {}).items():
+            lines.append(f"{'':66}{seconds * 1e3:>9.3f}  {kernel[:60]}")
     lines.append(
         f"\n{'shape':12}{'length':>8}  {'what':22}{'NSA / dense':>12}{'CPU time':>10}  next to"
     )

@@ -192,10 +192,12 @@ def _decode(shape: Shape) -> Iterator[Measured]:
 def dense_forms(shape: Shape, decoding: bool = False) -> tuple[str, ...]:
     """How PyTorch's dense attention is called: on GPUs with each of its fast kernels forced.
 
-    cuDNN takes keys and values of unequal widths; where it does not, and for flash attention,
-    they are padded to one width.
+    These are for 16 bits; wider elements take PyTorch's own choice. cuDNN takes keys and values of
+    unequal widths; where it does not, and for flash attention, they are padded to one width.
     """
     if torch.device(shape.device).type == "cuda":
+        if shape.torch_dtype.itemsize > 2:
+            return ("default",)
         unequal = shape.key_dim != shape.value_dim
         return ("flash", "cuDNN", "cuDNN padded") if unequal else ("flash", "cuDNN")
     return ("gqa", "grouped rows") if decoding else ("gqa", "expanded")

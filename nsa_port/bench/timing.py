@@ -76,10 +76,31 @@ def measure_peaks(device: str, dtype: str) -> Peaks:
     return Peaks(2.0 * n**3 / statistics.median(multiplied[2:]), bandwidth)
 
 
+def kernel_times(call: Callable[[], object]) -> dict[str, float]:
+    """Seconds of each kernel that one call runs on the device, by the profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    return {
+        event.key: event.device_time_total / 1e6
+        for event in profiler.key_averages()
+        if event.device_time_total
+    }
+
+
 def measure_group(
-    shape: Shape, group: list[Measured], peaks: Peaks | None, rounds: int | None
+    shape: Shape,
+    group: list[Measured],
+    peaks: Peaks | None,
+    rounds: int | None,
+    profile: bool = False,
 ) -> list[dict[str, Any]]:
-    """Rounds over the whole group, so that what disturbs the machine disturbs all alike."""
+    """Rounds over the whole group, so that what disturbs the machine disturbs all alike.
+
+    With `profile` also the `kernels` inside each call.
+    """
     given = rounds is not None
     rounds = _rounds(shape, rounds, group[0].group)
     calls: dict[str, Callable[[], object]] = {}
@@ -103,9 +124,13 @@ def measure_group(
             samples[name].append(once(call, shape.device))
         if not given and time.perf_counter() - started > _SECONDS:
             break
-    return [
+    rows = [
         _row(shape, one, samples.get(one.name, []), peaks, failures.get(one.name)) for one in group
     ]
+    if profile:
+        for row in rows:
+            row["kernels"] = kernel_times(calls[row["name"]]) if row["name"] in calls else {}
+    return rows
 
 
 def _row(

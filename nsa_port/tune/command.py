@@ -57,6 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     add("--length", type=int, help=f"in tokens, by default {_LENGTH}; emulated {_EMULATED_LENGTH}")
     add("--kernels", nargs="+", choices=list(KERNELS), help="by default all")
+    add(
+        "--may-spill",
+        type=int,
+        default=0,
+        metavar="BYTES",
+        help="of a thread's registers, by default 0",
+    )
     add("--out", type=Path, metavar="FILE", help="by default ./<architecture>.json")
 
 
@@ -67,7 +74,7 @@ def main(args: argparse.Namespace) -> int:
         shapes = args.shapes or [parse_heads(_EMULATED_SHAPE) if job.emulated else STANDARD["A2"]]
         out = args.out or Path(f"{job.arch}.json")
         before = json.loads(out.read_text(encoding="utf-8")) if _is_table(out, job.arch) else {}
-        found = tune(job, shapes, args.kernels)
+        found = tune(job, shapes, args.kernels, args.may_spill)
     except (CannotTune, TableError) as error:
         print(f"nsa-port tune: {error}", file=sys.stderr)
         return 2
@@ -142,7 +149,9 @@ class Found:
     trials: tuple[Trial, ...]
 
 
-def tune(job: Job, shapes: Iterable[Heads], kernels: Iterable[str] | None = None) -> Found:
+def tune(
+    job: Job, shapes: Iterable[Heads], kernels: Iterable[str] | None = None, may_spill: int = 0
+) -> Found:
     """Try every candidate of the kernels (all of them by default) for every shape."""
     shapes = tuple(shapes)
     known = [kernel for kernel in tables.load_table(job.arch) if kernel in KERNELS]
@@ -155,7 +164,7 @@ def tune(job: Job, shapes: Iterable[Heads], kernels: Iterable[str] | None = None
         for kernel in wanted
         for number, values in enumerate(_candidates(job, heads, kernel))
     ]
-    _compile(trials)
+    _compile(trials, may_spill)
     _run(trials)
     uses = dict.fromkeys((trial.kernel, dims_of(trial)) for trial in trials)
     best = {use: values for use in uses if (values := fastest(_of(trials, *use))) is not None}
@@ -205,14 +214,20 @@ def _of(trials: Iterable[Trial], kernel: str, dims: tuple[int, int]) -> list[Tri
     return [trial for trial in trials if (trial.kernel, dims_of(trial)) == (kernel, dims)]
 
 
-def _compile(trials: list[Trial]) -> None:
+def _compile(trials: list[Trial], may_spill: int) -> None:
     """Compile all candidates, in as many processes as there are processors."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     workers = min(processors or os.cpu_count() or 1, len(trials))
     with ProcessPoolExecutor(workers, get_context("spawn"), compile_only) as pool:
         # What the table has is what runs today, and the yardstick, whatever it spills.
         futures = [
-            pool.submit(compile_candidate, trial.job, trial.kernel, trial.values, trial.shipped)
+            pool.submit(
+                compile_candidate,
+                trial.job,
+                trial.kernel,
+                trial.values,
+                sys.maxsize if trial.shipped else may_spill,
+            )
             for trial in trials
         ]
         for number, (trial, future) in enumerate(zip(trials, futures, strict=True)):

@@ -77,8 +77,11 @@ def compile_only() -> None:
     torch.set_num_threads(1)
 
 
-def compile_candidate(job: Job, kernel: str, values: Values, may_spill: bool = False) -> str:
-    """Compile a candidate without the device. An empty string, or why it is out."""
+def compile_candidate(job: Job, kernel: str, values: Values, may_spill: int = 0) -> str:
+    """Compile a candidate without the device. An empty string, or why it is out.
+
+    `may_spill` bytes of a thread's registers may go to memory.
+    """
     from nsa_port.tune.compile_only import compiling_for
     from nsa_port.tune.machine_code import reads_before_writes
 
@@ -96,7 +99,7 @@ def compile_candidate(job: Job, kernel: str, values: Values, may_spill: bool = F
     if not own:
         return "these calls do not launch it"
     spilled = max(build.stack for build in own)
-    if spilled and not may_spill:
+    if spilled > may_spill:
         return f"spills {spilled} bytes of registers"
     if any(build.uses_wgmma and reads_before_writes(build.binary) for build in own):
         return "miscompiled: the machine code reads a register that no path has written"
