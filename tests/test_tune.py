@@ -241,6 +241,19 @@ def test_a_run_ends_in_a_table_that_the_library_uses(
 
 
 @pytest.mark.usefixtures("timed_by_block_n")
+def test_the_command_writes_a_table_where_it_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = dataclasses.replace(JOB, backend="cuda")
+    monkeypatch.setattr(command, "find_job", lambda *options: job)
+    target = tmp_path / "new" / "sm_90.json"
+    options = f"tune --kernels {KERNEL} --shapes 4,2,32,16 --out {target}"
+    assert cli.main(options.split()) == 0
+    assert tables.read_table(target, "sm_90")[KERNEL][0]["exact_dims"] == [[32, 16]]
+    assert f"NSA_PORT_TABLES={target.parent} makes" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("timed_by_block_n")
 def test_a_second_run_adds_to_the_table_and_replaces_what_it_measured_again() -> None:
     job = dataclasses.replace(JOB, backend="cuda")
     first = command.document(tune(job, [HEADS], [KERNEL]), {})

@@ -73,6 +73,7 @@ def main(args: argparse.Namespace) -> int:
         job = find_job(args.backend, args.dtype, args.length)
         shapes = args.shapes or [parse_heads(_EMULATED_SHAPE) if job.emulated else STANDARD["A2"]]
         out = args.out or Path(f"{job.arch}.json")
+        out.parent.mkdir(parents=True, exist_ok=True)
         before = json.loads(out.read_text(encoding="utf-8")) if _is_table(out, job.arch) else {}
         found = tune(job, shapes, args.kernels, args.may_spill)
     except (CannotTune, TableError) as error:
