@@ -9,7 +9,7 @@ the same request is answered again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,34 @@ _WHERE = (
     "Tensor? positions, bool needs_grad, str backend"
 )
 _NUM_WHERE = 8
+
+_library = torch.library.Library("nsa_port", "DEF")
+
+
+class _Operator:
+    """An operator `torch.ops.nsa_port.NAME` for all devices.
+
+    What `torch.library.custom_op` makes, without its checks of every call, which take longer on the
+    host than the kernels of a short sequence on the device.
+    """
+
+    def __init__(self, name: str, schema: str, body: Callable) -> None:
+        self._name = f"nsa_port::{name}"
+        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, body, "CompositeExplicitAutograd")
+
+    def register_fake(self, fake: Callable) -> None:
+        torch.library.register_fake(self._name, fake, lib=_library)
+
+    def register_autograd(self, backward: Callable, setup_context: Callable) -> None:
+        torch.library.register_autograd(
+            self._name, backward, setup_context=setup_context, lib=_library
+        )
+
+
+def _operator(name: str, schema: str) -> Callable[[Callable], _Operator]:
+    return lambda body: _Operator(name, schema, body)
+
 
 _ran: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Output tensor -> the backend that made it, in the grammar of `NSA_PORT_BACKEND`."""
@@ -175,21 +203,14 @@ def _define_attention(operator: str, *, with_indices: bool) -> None:
         )
         return (*grads, *(None,) * (count - 3 + _NUM_WHERE))
 
-    define = torch.library.custom_op
-    forward_op = define(
-        f"nsa_port::{operator}",
-        body,
-        mutates_args=(),
-        schema=f"({tensors}, {_WHERE}) -> (Tensor, Tensor)",
-    )
+    forward_op = _Operator(operator, f"({tensors}, {_WHERE}) -> (Tensor, Tensor)", body)
     forward_op.register_fake(fake)
     forward_op.register_autograd(autograd, setup_context=setup)
-    define(
-        f"nsa_port::{operator}_backward",
-        backward_body,
-        mutates_args=(),
-        schema=f"(Tensor grad_out, Tensor? grad_lse, {tensors}, Tensor out, Tensor lse, {_WHERE})"
+    _Operator(
+        f"{operator}_backward",
+        f"(Tensor grad_out, Tensor? grad_lse, {tensors}, Tensor out, Tensor lse, {_WHERE})"
         " -> (Tensor, Tensor, Tensor)",
+        backward_body,
     ).register_fake(backward_fake)
 
 
@@ -226,10 +247,9 @@ _define_attention("window_attention", with_indices=False)
 # --------------------------------------------------------------------------- selection
 
 
-@torch.library.custom_op(
-    "nsa_port::select_blocks",
-    mutates_args=(),
-    schema=f"(Tensor q, Tensor k_cmp, Tensor lse, {_WHERE}) -> Tensor",
+@_operator(
+    "select_blocks",
+    f"(Tensor q, Tensor k_cmp, Tensor lse, {_WHERE}) -> Tensor",
 )
 def select_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, *where: Any) -> Tensor:
     config, layout, scale, needs_grad, backend = _unpack(where)
@@ -254,11 +274,9 @@ def _(q: Tensor, k_cmp: Tensor, lse: Tensor, config: list[int], *where: Any) -> 
 # --------------------------------------------------------------------------- compression
 
 
-@torch.library.custom_op(
-    "nsa_port::mean_compress",
-    mutates_args=(),
-    schema="(Tensor k, int[] config, Tensor? cu_seqlens, SymInt? num_blocks, str backend) "
-    "-> Tensor",
+@_operator(
+    "mean_compress",
+    "(Tensor k, int[] config, Tensor? cu_seqlens, SymInt? num_blocks, str backend) -> Tensor",
 )
 def mean_compress(
     k: Tensor, config: list[int], cu_seqlens: Tensor | None, num_blocks: int | None, backend: str
@@ -296,10 +314,9 @@ def _(
     return k.new_empty((k.shape[0], rows, k.shape[2], k.shape[3]))
 
 
-@torch.library.custom_op(
-    "nsa_port::mean_compress_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor k, int[] config, Tensor? cu_seqlens, str backend) -> Tensor",
+@_operator(
+    "mean_compress_backward",
+    "(Tensor grad, Tensor k, int[] config, Tensor? cu_seqlens, str backend) -> Tensor",
 )
 def mean_compress_backward(
     grad: Tensor, k: Tensor, config: list[int], cu_seqlens: Tensor | None, backend: str
@@ -336,10 +353,9 @@ mean_compress.register_autograd(_mean_compress_autograd, setup_context=_mean_com
 # --------------------------------------------------------------------------- gates
 
 
-@torch.library.custom_op(
-    "nsa_port::combine",
-    mutates_args=(),
-    schema="(Tensor o_cmp, Tensor o_slc, Tensor o_win, Tensor gates, str backend) -> Tensor",
+@_operator(
+    "combine",
+    "(Tensor o_cmp, Tensor o_slc, Tensor o_win, Tensor gates, str backend) -> Tensor",
 )
 def combine(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor, backend: str) -> Tensor:
     checks.branches(o_cmp, o_slc, o_win)
@@ -366,10 +382,9 @@ def _(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor, backend: str) 
     return _empty(o_cmp)
 
 
-@torch.library.custom_op(
-    "nsa_port::combine_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor o_cmp, Tensor o_slc, Tensor o_win, Tensor gates, str backend) "
+@_operator(
+    "combine_backward",
+    "(Tensor grad, Tensor o_cmp, Tensor o_slc, Tensor o_win, Tensor gates, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def combine_backward(
@@ -423,10 +438,9 @@ def whole_problem(
     return _problem("nsa_attention", named, config, layout, grad)
 
 
-@torch.library.custom_op(
-    "nsa_port::nsa_attention",
-    mutates_args=(),
-    schema=f"({_TENSORS}, {_WHERE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+@_operator(
+    "nsa_attention",
+    f"({_TENSORS}, {_WHERE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def nsa_attention(*args: Any) -> WholeForward:
     """`out, o_cmp, o_slc, o_win, lse [3, B, T, H], indices`; see `WholeForward`."""
@@ -472,10 +486,9 @@ def _(*args: Any) -> WholeForward:
     return WholeForward(out, o_cmp, o_slc, o_win, lse, indices)
 
 
-@torch.library.custom_op(
-    "nsa_port::nsa_attention_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, {_TENSORS}, {_SAVED}, {_WHERE}) -> "
+@_operator(
+    "nsa_attention_backward",
+    f"(Tensor grad, {_TENSORS}, {_SAVED}, {_WHERE}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def nsa_attention_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:

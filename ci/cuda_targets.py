@@ -1,0 +1,227 @@
+"""Times NSA as a whole on an NVIDIA GPU, through the public functions, next to its targets.
+
+Forward is `mean_compress` of K and V, then `nsa_attention`; backward is all of its gradients. Times
+are medians of device events around calls that follow one another without a pause. Prints one
+line per measurement and writes all of them as JSON.
+
+    python ci/cuda_targets.py --out targets.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import nsa_port
+from nsa_port.bench import correlated_inputs
+
+SHAPES = {
+    "A1": (64, 4, 192, 128),
+    "A2": (64, 4, 128, 128),
+    "B": (32, 8, 128, 128),
+    "G1": (16, 16, 128, 128),
+    "G64": (64, 1, 128, 128),
+}
+"""Name -> query heads, KV heads, Dk, Dv."""
+
+TARGETS = {
+    ("A2", 8192): (2.2, 4.9),
+    ("A2", 16384): (4.7, 10.8),
+    ("A2", 32768): (11.5, 25.0),
+    ("A2", 65536): (28.0, 58.0),
+    ("A1", 8192): (3.0, 7.5),
+    ("A1", 16384): (6.3, 16.5),
+    ("A1", 32768): (15.5, 38.0),
+    ("A1", 65536): (40.0, 92.0),
+    ("B", 8192): (1.7, 3.4),
+    ("B", 16384): (3.6, 7.0),
+    ("B", 32768): (8.5, 15.5),
+    ("B", 65536): (22.0, 36.0),
+}
+"""Milliseconds, forward and backward, bfloat16, batch 1, random inputs, on an NVIDIA H200."""
+
+
+@dataclass
+class Call:
+    """One whole forward and backward; `cu_seqlens` packs the tokens into sequences."""
+
+    shape: str
+    T: int
+    batch: int = 1
+    lengths: tuple[int, ...] = ()
+    correlated: bool = False
+
+    def __post_init__(self) -> None:
+        H, HK, Dk, Dv = SHAPES[self.shape]
+        self.config = nsa_port.NSAConfig()
+        self.cu = None
+        if self.lengths:
+            ends = torch.tensor([0, *self.lengths]).cumsum(0)
+            self.cu = ends.to(torch.int32).cuda()
+
+        def random(*size: int) -> Tensor:
+            return torch.randn(*size, device="cuda", dtype=torch.bfloat16)
+
+        B, T = self.batch, self.T
+        self.q, self.do = random(B, T, H, Dk), random(B, T, H, Dv)
+        self.k, self.v = ([random(B, T, HK, dim) for _ in range(3)] for dim in (Dk, Dv))
+        if self.correlated:
+            self.q, self.k[0] = correlated_inputs(self.q, self.k[0])
+        self.gates = torch.rand(B, T, H, 3, device="cuda", dtype=torch.bfloat16)
+        self.inputs = [self.q, *self.k, *self.v, self.gates]
+        for tensor in self.inputs:
+            tensor.requires_grad_()
+
+    def forward(self) -> Tensor:
+        (k_cmp, k_slc, k_win), (v_cmp, v_slc, v_win) = self.k, self.v
+        options: dict[str, Any] = {"cu_seqlens": self.cu, "backend": "cuda"}
+        # As many rows as are always enough: an exact count would synchronise.
+        rows = self.T // self.config.block_stride if self.lengths else None
+        k_cmp, v_cmp = (
+            nsa_port.mean_compress(x, self.config, num_blocks=rows, **options)
+            for x in (k_cmp, v_cmp)
+        )
+        return nsa_port.nsa_attention(
+            self.q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, self.gates, self.config, **options
+        )
+
+    def backward(self, out: Tensor) -> None:
+        torch.autograd.grad(out, self.inputs, self.do)
+
+
+def medians(call: Call, repeats: int) -> dict[str, Any]:
+    """Forward and backward milliseconds, host milliseconds to issue them, and peak memory."""
+    call.backward(call.forward())
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call.backward(call.forward())
+    peak = torch.cuda.max_memory_allocated() - before
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * repeats + 1)]
+    torch.cuda.synchronize()
+    marks[0].record()
+    host = []
+    for i in range(repeats):
+        started = time.perf_counter()
+        out = call.forward()
+        middle = time.perf_counter()
+        marks[2 * i + 1].record()
+        call.backward(out)
+        marks[2 * i + 2].record()
+        host.append((middle - started, time.perf_counter() - middle))
+    torch.cuda.synchronize()
+    times = [first.elapsed_time(second) for first, second in pairwise(marks)]
+    return {
+        "forward_ms": round(_median(times[0::2]), 3),
+        "backward_ms": round(_median(times[1::2]), 3),
+        "host_forward_ms": round(1e3 * min(first for first, _ in host), 3),
+        "host_backward_ms": round(1e3 * min(second for _, second in host), 3),
+        "peak_gib": round(peak / 2**30, 2),
+    }
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def dense(T: int, repeats: int) -> dict[str, float]:
+    """Forward and backward of causal dense attention in A2's shape, cuDNN's."""
+    H, HK, Dk, Dv = SHAPES["A2"]
+
+    def random(heads: int, dim: int) -> Tensor:
+        return torch.randn(1, heads, T, dim, device="cuda", dtype=torch.bfloat16)
+
+    q, k, v = (x.requires_grad_() for x in (random(H, Dk), random(HK, Dk), random(HK, Dv)))
+    do = random(H, Dv)
+
+    def forward() -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=True
+            )
+
+    out = forward()
+    return {
+        "forward_ms": round(median_ms(forward, repeats), 3),
+        "backward_ms": round(
+            median_ms(lambda: torch.autograd.grad(out, (q, k, v), do, retain_graph=True), repeats),
+            3,
+        ),
+    }
+
+
+def median_ms(call: Callable[[], Any], repeats: int) -> float:
+    call()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        call()
+        mark.record()
+    torch.cuda.synchronize()
+    return _median([first.elapsed_time(second) for first, second in pairwise(marks)])
+
+
+def measure(repeats: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+
+    def add(name: str, call: Call) -> dict[str, Any]:
+        torch.manual_seed(0)
+        row = {"what": name, "shape": call.shape, "T": call.T, **medians(call, repeats)}
+        if name in ("random", "correlated") and (call.shape, call.T) in TARGETS:
+            row["must_forward_ms"], row["must_backward_ms"] = TARGETS[call.shape, call.T]
+        rows.append(row)
+        print(row, flush=True)
+        torch.cuda.empty_cache()
+        return row
+
+    for shape in ("A2", "A1", "B"):
+        for T in (8192, 16384, 32768, 65536):
+            add("random", Call(shape, T))
+            if shape != "A1":
+                add("correlated", Call(shape, T, correlated=True))
+    for shape in ("G1", "G64"):
+        add("group", Call(shape, 16384))
+    add("batch of 8", Call("A2", 8192, batch=8))
+    mixed = (1, 63, 700, 4097, 8192, 2500, 12000, 5215)
+    add("packed", Call("A2", sum(mixed), lengths=mixed))
+    add("unpacked", Call("A2", sum(mixed)))
+    for T in (512, 1024):
+        add("short", Call("A2", T))
+        rows.append({"what": "short, dense", "shape": "A2", "T": T, **dense(T, repeats)})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    facts = {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "python": sys.version.split()[0],
+        "nsa_port": nsa_port.__version__,
+    }
+    results = {**facts, "measurements": measure(arguments.repeats)}
+    if arguments.out:
+        arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
