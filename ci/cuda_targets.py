@@ -26,16 +26,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import nsa_port
-from nsa_port.bench import correlated_inputs
+from nsa_port.bench.shapes import Heads, Shape
 
 SHAPES = {
-    "A1": (64, 4, 192, 128),
-    "A2": (64, 4, 128, 128),
-    "B": (32, 8, 128, 128),
-    "G1": (16, 16, 128, 128),
-    "G64": (64, 1, 128, 128),
+    "A1": Heads(64, 4, 192, 128),
+    "A2": Heads(64, 4, 128, 128),
+    "B": Heads(32, 8, 128, 128),
+    "G1": Heads(16, 16, 128, 128),
+    "G64": Heads(64, 1, 128, 128),
 }
-"""Name -> query heads, KV heads, Dk, Dv."""
 
 TARGETS = {
     ("A2", 8192): (2.2, 4.9),
@@ -65,22 +64,21 @@ class Call:
     correlated: bool = False
 
     def __post_init__(self) -> None:
-        H, HK, Dk, Dv = SHAPES[self.shape]
         self.config = nsa_port.NSAConfig()
+        shape = Shape.of(
+            self.T,
+            SHAPES[self.shape],
+            batch=self.batch,
+            dtype="bfloat16",
+            device="cuda",
+            selection="correlated" if self.correlated else "random",
+        )
         self.cu = None
         if self.lengths:
-            ends = torch.tensor([0, *self.lengths]).cumsum(0)
-            self.cu = ends.to(torch.int32).cuda()
-
-        def random(*size: int) -> Tensor:
-            return torch.randn(*size, device="cuda", dtype=torch.bfloat16)
-
-        B, T = self.batch, self.T
-        self.q, self.do = random(B, T, H, Dk), random(B, T, H, Dv)
-        self.k, self.v = ([random(B, T, HK, dim) for _ in range(3)] for dim in (Dk, Dv))
-        if self.correlated:
-            self.q, self.k[0] = correlated_inputs(self.q, self.k[0])
-        self.gates = torch.rand(B, T, H, 3, device="cuda", dtype=torch.bfloat16)
+            self.cu = torch.tensor([0, *self.lengths]).cumsum(0).to(torch.int32).cuda()
+        self.q, self.gates = shape.queries(), shape.gates(self.T)
+        self.k, self.v = zip(*(shape.keys() for _ in range(3)), strict=True)
+        self.do = shape.random(self.T, shape.heads, shape.value_dim)
         self.inputs = [self.q, *self.k, *self.v, self.gates]
         for tensor in self.inputs:
             tensor.requires_grad_()
@@ -139,13 +137,10 @@ def _median(values: list[float]) -> float:
 
 def dense(T: int, repeats: int) -> dict[str, float]:
     """Forward and backward of causal dense attention in A2's shape, cuDNN's."""
-    H, HK, Dk, Dv = SHAPES["A2"]
-
-    def random(heads: int, dim: int) -> Tensor:
-        return torch.randn(1, heads, T, dim, device="cuda", dtype=torch.bfloat16)
-
-    q, k, v = (x.requires_grad_() for x in (random(H, Dk), random(HK, Dk), random(HK, Dv)))
-    do = random(H, Dv)
+    shape = Shape.of(T, SHAPES["A2"], dtype="bfloat16", device="cuda")
+    tensors = (shape.queries(), *shape.keys(), shape.random(T, shape.heads, shape.value_dim))
+    *inputs, do = (x.transpose(1, 2).contiguous() for x in tensors)
+    q, k, v = (x.requires_grad_() for x in inputs)
 
     def forward() -> Tensor:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
