@@ -26,14 +26,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import nsa_port
-from nsa_port.bench.shapes import Heads, Shape
+from nsa_port.bench.shapes import STANDARD, Heads, Shape
 
-SHAPES = {
-    "A1": Heads(64, 4, 192, 128),
-    "A2": Heads(64, 4, 128, 128),
-    "B": Heads(32, 8, 128, 128),
-    "G1": Heads(16, 16, 128, 128),
-    "G64": Heads(64, 1, 128, 128),
+SHAPES = STANDARD | {
+    "G1": Heads("G1", 16, 16, 128, 128),
+    "G64": Heads("G64", 64, 1, 128, 128),
 }
 
 TARGETS = {
