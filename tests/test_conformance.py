@@ -188,6 +188,18 @@ def test_a_crash_is_a_failure_that_names_the_place() -> None:
     assert "test_conformance.py" in result.messages[0]
 
 
+def test_processes_that_share_the_work_find_the_same_in_the_same_order() -> None:
+    chosen = [case("backend-contract"), case("combine")]
+    plan = runner.Plan(TorchBackend(), CPU, chosen, (torch.float32, torch.float16))
+    told: list[int] = []
+    alone = runner.run(plan, lambda done, total, result: None)
+    shared = runner.run(plan, lambda done, total, result: told.append(done), jobs=2)
+    assert told == [0, 1, 2, 3]
+    assert [replace(result, seconds=0) for result in shared] == [
+        replace(result, seconds=0) for result in alone
+    ]
+
+
 # --------------------------------------------------------------------------- reports
 
 

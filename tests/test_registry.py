@@ -251,6 +251,17 @@ def test_a_call_on_an_unproven_gpu_warns_and_says_how_to_force(
     assert forced.name == "rocm"
 
 
+def test_a_backend_with_soft_reasons_alone_is_listed_as_available_when_forced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(environment, "probe", lambda device: MACHINES["unknown gfx"])
+    rocm = {status.name: status for status in nsa_port.backends()}["rocm"]
+    assert rocm.available
+    assert [why.code for why in rocm.reasons] == ["arch_untuned", "not_conforming"]
+    assert "when forced" in str(rocm)
+    assert "backend='rocm'" in str(rocm)
+
+
 @pytest.mark.parametrize(
     ("name", "arch"), [("gfx942:sramecc+:xnack-", "gfx942"), ("gfx1100", "gfx1100")]
 )
