@@ -18,10 +18,10 @@ from nsa_port.bench.shapes import parse_heads
 from nsa_port.bench.timing import Sample
 from nsa_port.kernels import tables
 from nsa_port.kernels.tables import Values, tuned
-from nsa_port.tune import command, trial
+from nsa_port.tune import command, result, search, trial
 from nsa_port.tune.calls import CALLS, Calls
 from nsa_port.tune.candidates import KERNELS, candidates
-from nsa_port.tune.command import Trial, fastest, tune
+from nsa_port.tune.search import Trial, fastest, tune
 from nsa_port.tune.trial import Job, Verdict, try_candidate
 
 HEADS = parse_heads("4,2,32,16")
@@ -210,11 +210,11 @@ def timed_by_block_n(monkeypatch: pytest.MonkeyPatch) -> None:
         return Sample(1.0 / tuned("sm_90", KERNEL, 4, 32, 16)["BLOCK_N"], 0.0)
 
     monkeypatch.setattr(trial, "once", clock)
-    monkeypatch.setattr(command, "_compile", lambda trials, may_spill: None)
-    monkeypatch.setattr(command._Runner, "__call__", run_in_process)
+    monkeypatch.setattr(search, "_compile", lambda trials, may_spill: None)
+    monkeypatch.setattr(search._Runner, "__call__", run_in_process)
 
 
-def run_in_process(self: command._Runner, one: Trial, against_table: bool) -> Verdict:
+def run_in_process(self: search._Runner, one: Trial, against_table: bool) -> Verdict:
     return try_candidate(one.job, one.kernel, one.values, against_table)
 
 
@@ -227,10 +227,10 @@ def test_a_run_ends_in_a_table_that_the_library_uses(
     job = dataclasses.replace(JOB, backend="cuda")
     found = tune(job, [HEADS], [KERNEL])
     assert found.best == {(KERNEL, (32, 16)): {**SHIPPED, "BLOCK_N": 64}}
-    assert "3 candidates" in command.describe(found)
-    written = command.document(found, {})
+    assert "3 candidates" in result.describe(found)
+    written = result.document(found, {})
     path = tmp_path / "sm_90.json"
-    path.write_text(command.to_text(written))
+    path.write_text(result.to_text(written))
     assert len([line for line in path.read_text().splitlines() if "BLOCK_N" in line]) >= 1
     monkeypatch.setenv("NSA_PORT_TABLES", str(tmp_path))
     assert tuned("sm_90", KERNEL, 4, 32, 16) == {**SHIPPED, "BLOCK_N": 64}
@@ -256,17 +256,17 @@ def test_the_command_writes_a_table_where_it_is_told(
 @pytest.mark.usefixtures("timed_by_block_n")
 def test_a_second_run_adds_to_the_table_and_replaces_what_it_measured_again() -> None:
     job = dataclasses.replace(JOB, backend="cuda")
-    first = command.document(tune(job, [HEADS], [KERNEL]), {})
-    other = command.document(tune(job, [parse_heads("4,2,16,16")], [KERNEL]), first)
+    first = result.document(tune(job, [HEADS], [KERNEL]), {})
+    other = result.document(tune(job, [parse_heads("4,2,16,16")], [KERNEL]), first)
     dims = [entry["exact_dims"] for entry in other["kernels"][KERNEL]]
     assert dims == [[[16, 16]], [[32, 16]]]
-    again = command.document(tune(job, [HEADS], [KERNEL]), other)
+    again = result.document(tune(job, [HEADS], [KERNEL]), other)
     assert len(again["kernels"][KERNEL]) == 2
     assert len(again["measured"]) == 3
 
 
 def test_a_kernel_that_the_architecture_lacks_is_refused() -> None:
-    with pytest.raises(command.CannotTune, match="sm_90 has no kernel selected_by_wave"):
+    with pytest.raises(search.CannotTune, match="sm_90 has no kernel selected_by_wave"):
         tune(JOB, [HEADS], ["selected_by_wave"])
 
 
@@ -279,8 +279,8 @@ def dies(job: Job, kernel: str, values: Values, against_table: bool) -> Verdict:
 def test_a_candidate_that_kills_its_process_is_out_and_the_next_one_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(command, "try_candidate", dies)
-    with command._Runner(in_process=False, start="fork") as runner:
+    monkeypatch.setattr(search, "try_candidate", dies)
+    with search._Runner(in_process=False, start="fork") as runner:
         assert runner(of(KERNEL, "4,1,64,64", {"BLOCK_N": 16}), True).out == "its process died"
         assert runner(of(KERNEL, "4,1,64,64", {"BLOCK_N": 32}), True).fatal
         assert runner._pool is None

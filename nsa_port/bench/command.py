@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--selection",
         choices=SELECTIONS,
         default="random",
-        help="whether neighbouring queries are drawn independently, or alike as in trained models",
+        help="whether neighbouring queries are drawn independently or alike",
     )
     add("--decode", action="store_true", help="also one query over a cache of each length")
     add("--parts", action=argparse.BooleanOptionalAction, default=True, help="time each operator")
