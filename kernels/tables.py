@@ -8,7 +8,8 @@ dimensions alone: wgmma entries have them, because ptxas 12.8, which triton 3.6 
 some others (it reads an operand's descriptor from a register that it has not written).
 
 A folder named by the environment variable `NSA_PORT_TABLES` may hold `<arch>.json` files of the
-same format, as `nsa-port tune` writes them: their entries come before the shipped ones.
+same format, as `nsa-port tune` writes them: their entries come before the shipped ones. A process
+reads each file once.
 """
 
 from __future__ import annotations
@@ -87,12 +88,16 @@ def load_table(arch: str) -> Table:
     return _load(_user_folder(), arch)
 
 
+def files(arch: str) -> tuple[Path, ...]:
+    """Where the entries for an architecture come from, the first first; all of them are tables."""
+    _load(_user_folder(), arch)
+    own = _own_file(_user_folder(), arch)
+    return (_shipped_file(arch),) if own is None else (own, _shipped_file(arch))
+
+
 def shipped_table(arch: str) -> Table:
     """The table that comes with this package, its maker's generic one for what has none."""
-    path = SHIPPED / f"{arch}.json"
-    if not arch or not path.exists():
-        path = SHIPPED / f"{GENERIC_AMD if arch.startswith('gfx') else GENERIC}.json"
-    return dict(json.loads(path.read_text(encoding="utf-8"))["kernels"])
+    return dict(json.loads(_shipped_file(arch).read_text(encoding="utf-8"))["kernels"])
 
 
 def read_table(path: Path, arch: str) -> Table:
@@ -128,6 +133,22 @@ def _user_folder() -> str:
     return os.environ.get(FOLDER_VARIABLE, "").strip()
 
 
+def _own_file(folder: str, arch: str) -> Path | None:
+    if not folder:
+        return None
+    if not Path(folder).is_dir():
+        raise TableError(f"{FOLDER_VARIABLE}={folder} is not a folder")
+    path = Path(folder) / f"{arch or GENERIC}.json"
+    return path if path.exists() else None
+
+
+def _shipped_file(arch: str) -> Path:
+    path = SHIPPED / f"{arch}.json"
+    if not arch or not path.exists():
+        path = SHIPPED / f"{GENERIC_AMD if arch.startswith('gfx') else GENERIC}.json"
+    return path
+
+
 @cache
 def _tuned(folder: str, arch: str, kernel: str, element_size: int, dims: tuple[int, int]) -> Values:
     for entry in _load(folder, arch)[kernel]:
@@ -141,13 +162,8 @@ def _tuned(folder: str, arch: str, kernel: str, element_size: int, dims: tuple[i
 
 @cache
 def _load(folder: str, arch: str) -> Table:
-    shipped = shipped_table(arch)
-    if not folder:
-        return shipped
-    if not Path(folder).is_dir():
-        raise TableError(f"{FOLDER_VARIABLE}={folder} is not a folder")
-    path = Path(folder) / f"{arch or GENERIC}.json"
-    if not path.exists():
+    shipped, path = shipped_table(arch), _own_file(folder, arch)
+    if path is None:
         return shipped
     own = read_table(path, arch)
     return {kernel: [*own.get(kernel, []), *entries] for kernel, entries in shipped.items()}

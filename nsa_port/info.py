@@ -11,6 +11,7 @@ from typing import Any
 import nsa_port
 from nsa_port import environment as machine
 from nsa_port import introspect, settings
+from nsa_port.kernels import tables
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +27,7 @@ def main(args: argparse.Namespace) -> int:
     width = max(map(len, settings.VARIABLES))
     rows = {"nsa_port": facts["nsa_port"], "python": facts["python"], **facts["environment"]}
     rows["triton"] = _triton_text(facts["environment"]["triton"])
+    rows["tables"] = ", ".join(facts["tables"])
     for name, value in rows.items():
         if value not in (None, "", 0, False):
             print(f"{name:{width}}  {value}")
@@ -45,9 +47,18 @@ def machine_facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "environment": dataclasses.asdict(environment),
+        "tables": _tables(environment.arch or environment.emulate),
         "settings": {name: settings.value(name) for name in settings.VARIABLES},
         "backends": [dataclasses.asdict(status) for status in introspect.backends()],
     }
+
+
+def _tables(arch: str) -> list[str]:
+    """The files that kernels for `arch` take their tuned values from, or what is wrong with one."""
+    try:
+        return [str(path) for path in tables.files(arch)] if arch else []
+    except tables.TableError as error:
+        return [f"unusable: {error}"]
 
 
 def _triton_text(triton: dict[str, Any] | None) -> str:

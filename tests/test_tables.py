@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nsa_port import settings
+from nsa_port import info, settings
 from nsa_port.kernels import tables
 from nsa_port.kernels.tables import TableError, load_table, tuned, tuned_to
 
@@ -107,6 +107,19 @@ def test_setting_the_variable_takes_effect_at_once(
     assert tuned("sm_90", "selected_by_query", 2, 128)["BLOCK_N"] == 128 != before["BLOCK_N"]
     monkeypatch.delenv("NSA_PORT_TABLES")
     assert tuned("sm_90", "selected_by_query", 2, 128) == before
+
+
+def test_the_files_that_answer_are_told(folder: Path) -> None:
+    write(folder, "sm_90", {"selected_by_query": [ENTRY]})
+    assert tables.files("sm_90") == (folder / "sm_90.json", tables.SHIPPED / "sm_90.json")
+    assert tables.files("sm_77") == (tables.SHIPPED / "generic.json",)
+
+
+def test_info_tells_what_is_wrong_with_a_table(folder: Path) -> None:
+    assert info._tables("sm_80") == [str(tables.SHIPPED / "sm_80.json")]
+    write(folder, "sm_90", {"selected_by_quarry": []})
+    assert "no kernel is called 'selected_by_quarry'" in info._tables("sm_90")[0]
+    assert info._tables("") == []
 
 
 def test_a_folder_that_is_not_there_is_an_error(
