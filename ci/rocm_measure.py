@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import triton
+from triton.compiler.compiler import max_shared_mem
 
 from nsa_port.emulator import emulated
 from nsa_port.emulator.architectures import ARCHITECTURES, Architecture
@@ -117,7 +118,9 @@ def without_lds_limit(arch: str) -> Iterator[None]:
     chips = cast("dict[str, Architecture]", ARCHITECTURES)
     before = chips[arch]
     chips[arch] = replace(before, lds_bytes=2**20)
+    max_shared_mem.cache_clear()
     try:
         yield
     finally:
         chips[arch] = before
+        max_shared_mem.cache_clear()

@@ -4,14 +4,12 @@ What differs only in numbers is a table under `kernels/configs/`; what differs i
 here, and says where it serves. Everywhere else, in Triton's interpreter too, the shared kernels do.
 """
 
+from nsa_port.kernels.amd.combining import combine, combine_backward
+from nsa_port.kernels.amd.compression import mean_compress, mean_compress_backward
 from nsa_port.kernels.amd.selected import selected_attention
 from nsa_port.kernels.triton import (
-    combine,
-    combine_backward,
     compressed_attention,
     compressed_attention_backward,
-    mean_compress,
-    mean_compress_backward,
     select_blocks,
     selected_attention_backward,
     window_attention,
