@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from nsa_port.backends.interface import PARTS, Environment, Problem, Reason
+from nsa_port.backends.interface import OPERATORS, Environment, Problem, Reason
 from nsa_port.backends.triton_checks import dtype_reasons, head_dim_reasons, triton_reasons
 
 ARCHITECTURES = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")
@@ -18,7 +18,7 @@ class RocmBackend:
     level = 3
     conforming: Collection[str] = ()
     """The architectures on whose hardware the suite passed; automatic choice takes no other."""
-    kernels: Mapping[str, str] = dict.fromkeys(("mean_compress", *PARTS), "nsa_port.kernels.amd")
+    kernels: Mapping[str, str] = dict.fromkeys(OPERATORS, "nsa_port.kernels.amd")
 
     def is_native(self, environment: Environment) -> bool:
         return environment.device_type == "cuda" and environment.hip_version is not None

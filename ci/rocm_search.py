@@ -45,6 +45,8 @@ ENOUGH_WAVES = 4
 ANY = 2**30
 
 Values = dict[str, int]
+Found = tuple[Values | None, list[dict[str, Any]]]
+"""The entry, None if nothing fits, and the counts of all candidates, the chosen one marked."""
 
 CLASSES = {(2, 128): (128, 128), (2, 192): (192, 128), (2, 256): (256, 256),
            (4, 128): (128, 128), (4, 256): (256, 256)}  # fmt: skip
@@ -66,15 +68,14 @@ their merging.
 def candidates(arch: str, kernel: str, size: int, dim: int) -> list[list[Values]]:
     """What to try: of each list, the first that fits.
 
-    Tiles are (`BLOCK_M`, `BLOCK_N`, `num_warps`), or without `BLOCK_M`. Asking for more waves on a
-    SIMD leaves each fewer registers; asking for none lets the compiler spread over accumulation
-    registers, between which and the others it then moves to and fro.
+    Asking for more waves on a SIMD leaves each fewer registers; asking for none lets the compiler
+    spread over accumulation registers, between which and the others it then moves to and fro.
     """
     wide = ARCHITECTURES[arch].generation == 9
     found: list[list[Values]] = []
-    for *tile, warps in TILES[kernel][size, wide]:
-        if dim == 256 and max(tile) > (64 if size == 2 else 32):
-            continue
+    for *tile, warps in TILES[kernel][wide].get(
+        (size, 192 if dim == 128 and size == 2 else dim), ()
+    ):
         values = dict(zip(("BLOCK_N", "BLOCK_M"), reversed(tile), strict=False))
         values |= {"num_warps": warps, "num_stages": 1}
         if wide and kernel != "selected_by_wave":
@@ -86,40 +87,79 @@ def candidates(arch: str, kernel: str, size: int, dim: int) -> list[list[Values]
     return found
 
 
-_FORWARD = {
-    (2, True): [(128, 64, 4), (64, 64, 4), (64, 32, 2)],
-    (2, False): [(64, 32, 4), (64, 64, 4), (128, 32, 8)],
-    (4, True): [(32, 32, 2), (16, 16, 1)],
-    (4, False): [(32, 32, 4), (16, 16, 2)],
+_Tiles = dict[tuple[int, int], tuple[tuple[int, ...], ...]]
+
+_FORWARD: dict[bool, _Tiles] = {
+    True: {
+        (2, 192): ((128, 64, 4), (64, 64, 4), (64, 32, 2)),
+        (2, 256): ((64, 32, 4), (32, 32, 2)),
+        (4, 128): ((32, 32, 2), (16, 16, 1)),
+        (4, 256): ((16, 16, 1), (16, 16, 4)),
+    },
+    False: {
+        (2, 192): ((64, 32, 4), (64, 64, 4)),
+        (2, 256): ((64, 32, 8), (32, 32, 4)),
+        (4, 128): ((32, 32, 4), (16, 16, 2)),
+        (4, 256): ((16, 16, 4),),
+    },
 }
-_BACKWARD = {
-    (2, True): [(64, 32, 4), (32, 64, 4), (16, 64, 2)],
-    (2, False): [(32, 32, 4), (32, 64, 4), (16, 64, 4)],
-    (4, True): [(16, 32, 4), (16, 16, 2)],
-    (4, False): [(16, 32, 4), (16, 16, 2)],
+_BACKWARD: dict[bool, _Tiles] = {
+    True: {
+        (2, 192): ((32, 64, 4), (16, 64, 2), (16, 64, 4)),
+        (2, 256): ((16, 32, 4), (16, 16, 2), (16, 32, 8)),
+        (4, 128): ((16, 32, 4), (16, 16, 2)),
+        (4, 256): ((16, 16, 4), (16, 16, 8)),
+    },
+    False: {
+        (2, 192): ((32, 32, 4), (16, 32, 4), (16, 64, 8)),
+        (2, 256): ((16, 32, 8), (16, 16, 4), (16, 16, 8)),
+        (4, 128): ((16, 32, 4), (16, 16, 4)),
+        (4, 256): ((16, 16, 8), (16, 16, 16)),
+    },
 }
-_ONE_QUERY = {
-    (2, True): [(32, 1), (64, 1)],
-    (2, False): [(32, 1), (64, 1), (64, 2)],
-    (4, True): [(16, 1), (16, 2)],
-    (4, False): [(16, 1), (16, 2), (16, 4)],
+_ONE_QUERY: dict[bool, _Tiles] = {
+    True: {(2, 192): ((32, 1),), (2, 256): ((32, 2),), (4, 128): ((16, 1),), (4, 256): ((16, 4),)},
+    False: {
+        (2, 192): ((32, 1), (64, 1), (64, 2)),
+        (2, 256): ((32, 1), (32, 2)),
+        (4, 128): ((16, 1), (16, 2), (16, 4)),
+        (4, 256): ((16, 2), (16, 4)),
+    },
 }
-_ONE_WAVE = {
-    (2, True): [(64, 1), (32, 1), (16, 1)],
-    (4, True): [(32, 1), (16, 1)],
-    (2, False): [],
-    (4, False): [],
+_ONE_WAVE: dict[bool, _Tiles] = {
+    True: {
+        (2, 192): ((64, 1), (32, 1), (16, 1)),
+        (2, 256): ((32, 1), (16, 1)),
+        (4, 128): ((32, 1), (16, 1)),
+        (4, 256): ((16, 1),),
+    },
+    False: {},
 }
-TILES: dict[str, dict[tuple[int, bool], list[tuple[int, ...]]]] = {
-    "interval_forward": _FORWARD,
+_ONE_BLOCK: dict[bool, _Tiles] = {
+    wide: {
+        (2, 192): ((64, 32, 4),),
+        (2, 256): ((32, 32, 4),),
+        (4, 128): ((32, 32, 4), (16, 16, 4)),
+        (4, 256): ((16, 16, 4),),
+    }
+    for wide in (True, False)
+}
+TILES: dict[str, dict[bool, _Tiles]] = {
     "interval_dkdv": _BACKWARD,
     "selected_backward": _BACKWARD,
+    "interval_forward": _FORWARD,
     "interval_dq": _FORWARD,
     "block_scores": _FORWARD,
-    "selected_by_block": _FORWARD,
-    "selected_by_query": _ONE_QUERY,
     "selected_by_wave": _ONE_WAVE,
+    "selected_by_query": _ONE_QUERY,
+    "selected_by_block": _ONE_BLOCK,
 }
+"""Kernel -> has 64 lanes -> (element size, head dimension) -> `(BLOCK_M, BLOCK_N, num_warps)`.
+
+Kernels of one query at a time have no `BLOCK_M`. Of the kernel by block, which is off, and on 64
+lanes of the one by query, which serves only tensors beyond the reach of the one by wave, any
+entry does that fits.
+"""
 
 
 def try_one(arch: str, kernel: str, shape: Shape, values: Values) -> Run | str:
@@ -168,8 +208,8 @@ def row_of(values: Values, outcome: Run | str) -> dict[str, Any]:
     }
 
 
-def search(arch: str, kernel: str, size: int, dim: int) -> tuple[Values, list[dict[str, Any]]]:
-    """The entry of one kernel, and the counts of all candidates, the chosen one marked."""
+def search(arch: str, kernel: str, size: int, dim: int) -> Found:
+    """Find the entry of one kernel."""
     key_dim, value_dim = CLASSES[size, dim]
     dtype = torch.bfloat16 if size == 2 else torch.float32
     queries = (
@@ -186,7 +226,7 @@ def search(arch: str, kernel: str, size: int, dim: int) -> tuple[Values, list[di
                 fitting.append((values, outcome, len(rows) - 1))
                 break
     if not fitting:
-        raise RuntimeError(f"{kernel} on {arch}: no candidate fits: {rows}")
+        return None, rows
     chosen, _, number = fitting[best([run for _, run, _ in fitting])]
     rows[number]["chosen"] = True
     entry = {"element_size": size, "head_dim": dim, **FIXED.get(kernel, {}), **chosen}
@@ -202,12 +242,15 @@ def write_table(arch: str, kernels: dict[str, list[Values]]) -> None:
     (tables.SHIPPED / f"{arch}.json").write_text(f"{head}{lists}\n  }}\n}}\n")
 
 
-def _search(task: tuple[str, str, int, int]) -> tuple[Values, list[dict[str, Any]]]:
+_Task = tuple[str, str, int, int]
+
+
+def _search(task: _Task) -> tuple[_Task, Found]:
     torch.set_num_threads(1)
     started = time.perf_counter()
     found = search(*task)
     print(*task, len(found[1]), f"candidates, {time.perf_counter() - started:.0f} s", flush=True)
-    return found
+    return task, found
 
 
 def main() -> None:
@@ -223,23 +266,31 @@ def main() -> None:
         for entry in CLASSES
         if candidates(arch, kernel, 2, 128)
     ]
+    results: dict[str, dict[tuple[str, int, int], Found]] = {arch: {} for arch in arguments.arch}
     with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
-        results = dict(zip(tasks, pool.map(_search, tasks, chunksize=1), strict=True))
-    for arch in arguments.arch:
-        write(arch, {task[1:]: found for task, found in results.items() if task[0] == arch})
+        for task, found in pool.imap_unordered(_search, tasks, chunksize=1):
+            results[task[0]][task[1:]] = found
+            write(task[0], results[task[0]])
+    missing = [
+        (arch, *key) for arch in results for key, found in results[arch].items() if not found[0]
+    ]
+    if missing:
+        raise SystemExit(f"nothing fits: {missing}")
 
 
-def write(
-    arch: str, found: dict[tuple[str, int, int], tuple[Values, list[dict[str, Any]]]]
-) -> None:
-    """Put what was found into the table and the reasons; kernels not searched stay as they are."""
+def write(arch: str, found: dict[tuple[str, int, int], Found]) -> None:
+    """Put what was found into the table and the reasons; whatever was not stays as it is."""
     reasons = ROOT / "ci" / "results" / f"rocm-search-{arch}.json"
     why: dict[str, Any] = json.loads(reasons.read_text())["kernels"] if reasons.exists() else {}
     kernels = tables.shipped_table(arch) if (tables.SHIPPED / f"{arch}.json").exists() else {}
     for kernel in dict.fromkeys(kernel for kernel, _, _ in found):
-        entries = {key[1:]: value for key, value in found.items() if key[0] == kernel}
-        kernels[kernel] = [entry for entry, _ in entries.values()]
-        why[kernel] = {f"{size} bytes, {dim}": rows for (size, dim), (_, rows) in entries.items()}
+        before = {(row["element_size"], row["head_dim"]): row for row in kernels.get(kernel, [])}
+        now = {key: found.get((kernel, *key), (None, []))[0] or before.get(key) for key in CLASSES}
+        kernels[kernel] = [entry for entry in now.values() if entry is not None]
+        counts = why.setdefault(kernel, {})
+        for (name, size, dim), (_, rows) in found.items():
+            if name == kernel:
+                counts[f"{size} bytes, {dim}"] = rows
     write_table(arch, kernels)
     head = {"architecture": arch, "rule": __doc__.split("\n\n")[2], "triton": triton.__version__}
     lines = ",\n".join(

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from nsa_port import emulator, reference, settings
-from nsa_port.kernels import triton as kernels
+from nsa_port.kernels import amd
+from nsa_port.kernels import triton as of_cuda
 from nsa_port.kernels.geometry import Layout, NSAConfig
 from nsa_port.kernels.tables import tuned_to
 from nsa_port.kernels.triton import selected, selection
@@ -35,6 +36,7 @@ from tests.eager_cases import (
 
 EMULATED = settings.value("NSA_PORT_EMULATE")
 DEVICE = "cuda" if torch.cuda.is_available() and not EMULATED else "cpu"
+kernels = amd if EMULATED or torch.version.hip else of_cuda
 BRANCHES = ["compressed_attention", "selected_attention", "window_attention"]
 
 MORE_BLOCKS = replace(SMALL, num_selected=4, local_blocks=1)

@@ -7,9 +7,11 @@ here, and says where it serves. Everywhere else, in Triton's interpreter too, th
 from nsa_port.kernels.amd.combining import combine, combine_backward
 from nsa_port.kernels.amd.compression import mean_compress, mean_compress_backward
 from nsa_port.kernels.amd.selected import selected_attention
+from nsa_port.kernels.amd.whole import nsa_attention
 from nsa_port.kernels.triton import (
     compressed_attention,
     compressed_attention_backward,
+    nsa_attention_backward,
     select_blocks,
     selected_attention_backward,
     window_attention,
@@ -23,6 +25,8 @@ __all__ = [
     "compressed_attention_backward",
     "mean_compress",
     "mean_compress_backward",
+    "nsa_attention",
+    "nsa_attention_backward",
     "select_blocks",
     "selected_attention",
     "selected_attention_backward",

@@ -28,7 +28,7 @@ from nsa_port.kernels.amd.matrix_tiles import (
 from nsa_port.kernels.amd.placement import item_of, workgroups
 from nsa_port.kernels.geometry import Layout, NSAConfig
 from nsa_port.kernels.triton import selected
-from nsa_port.kernels.triton.bounds import Kind, query_bounds
+from nsa_port.kernels.triton.bounds import Kind, QueryBounds, query_bounds
 from nsa_port.kernels.triton.host import (
     LOG2_E,
     arch_of,
@@ -59,10 +59,26 @@ def selected_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """One softmax over all visible tokens of the chosen blocks (Eq. 11, 12). `out, lse`."""
+    with on_device_of(q):
+        bounds = query_bounds(Kind.CAUSAL, q.shape[1], k.shape[1], config, layout, q.device)
+        return attend_selected(q, k, v, indices, bounds, config, layout, scale)
+
+
+def attend_selected(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    bounds: QueryBounds,
+    config: NSAConfig,
+    layout: Layout,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`selected_attention` with the causal bounds at hand, on the current device."""
     if not _serves(q, k, v, config):
-        return selected.selected_attention(q, k, v, indices, config, layout, scale)
+        return selected.attend_selected(q, k, v, indices, bounds, config, layout, scale)
     B, T, H, Dk = q.shape
-    S, HK, Dv = v.shape[1:]
+    HK, Dv = v.shape[2:]
     G = H // HK
     out = torch.empty((B, T, H, Dv), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, T, H), dtype=torch.float32, device=q.device)
@@ -76,38 +92,36 @@ def selected_attention(
     block_n = min(values.pop("BLOCK_N"), whole_block)
     heads = min(values.pop("most_heads"), max(16, triton.next_power_of_2(G)))
     items = B * HK * triton.cdiv(G, heads) * T
-    with on_device_of(q):
-        bounds = query_bounds(Kind.CAUSAL, T, S, config, layout, q.device)
-        rows = block_rows(indices, bounds, config.select_block_size)
-        _by_wave_kernel[(workgroups(items, chip.dies),)](
-            q,
-            k,
-            v,
-            rows,
-            bounds.upper,
-            out,
-            lse,
-            abs(scale) * LOG2_E,
-            items,
-            T,
-            HK,
-            G,
-            bounds.stride,
-            *strides(q),
-            *strides(k),
-            *strides(v),
-            SLOTS=config.num_selected,
-            SELECT=config.select_block_size,
-            HEADS=heads,
-            BLOCK_N=block_n,
-            NEGATIVE_SCALE=scale < 0,
-            DIES=chip.dies,
-            MFMA_VERSION=chip.mfma_version,
-            MFMA_DEPTH=depth,
-            ROUNDS_BFLOAT16=chip.rounds_bfloat16,
-            **split_arguments(split_head(Dk), split_head(Dv)),
-            **values,
-        )
+    rows = block_rows(indices, bounds, config.select_block_size)
+    _by_wave_kernel[(workgroups(items, chip.dies),)](
+        q,
+        k,
+        v,
+        rows,
+        bounds.upper,
+        out,
+        lse,
+        abs(scale) * LOG2_E,
+        items,
+        T,
+        HK,
+        G,
+        bounds.stride,
+        *strides(q),
+        *strides(k),
+        *strides(v),
+        SLOTS=config.num_selected,
+        SELECT=config.select_block_size,
+        HEADS=heads,
+        BLOCK_N=block_n,
+        NEGATIVE_SCALE=scale < 0,
+        DIES=chip.dies,
+        MFMA_VERSION=chip.mfma_version,
+        MFMA_DEPTH=depth,
+        ROUNDS_BFLOAT16=chip.rounds_bfloat16,
+        **split_arguments(split_head(Dk), split_head(Dv)),
+        **values,
+    )
     return out, lse
 
 

@@ -7,6 +7,8 @@ one `dq`: the branches' own gradients are never written.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -36,8 +38,14 @@ def nsa_attention(
     layout: Layout,
     scale: float,
     needs_grad: bool,
+    *,
+    attend_selected: Callable[..., tuple[Tensor, Tensor]] = attend_selected,
+    combine: Callable[..., Tensor] = combine,
 ) -> WholeForward:
-    """The gated sum of the three branches, and what its backward needs."""
+    """The gated sum of the three branches, and what its backward needs.
+
+    The keyword arguments are for kernels of another folder in place of the ones here.
+    """
     with on_device_of(q):
         rows = (q.shape[1], k_slc.shape[1], k_cmp.shape[1])
         causal, window, visible = all_bounds(*rows, config, layout, q.device)
