@@ -1,0 +1,115 @@
+"""What AMD's own kernels promise beyond what holds for every operator: reach, placement, counts."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from torch import Tensor
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from nsa_port import emulator, reference
+from nsa_port.emulator.report import Compiled, inspect
+from nsa_port.kernels import amd
+from nsa_port.kernels import triton as shared
+from nsa_port.kernels.amd.chips import CHIPS
+from nsa_port.kernels.amd.placement import workgroups
+from nsa_port.kernels.geometry import Layout, NSAConfig
+from nsa_port.tune.compile_only import compiling_for
+from tests.rocm_calls import Shape, calls
+
+CONFIG = NSAConfig(num_selected=4)
+REACH = 2**31
+"""Bytes from its base that a buffer instruction's 32-bit offset is trusted with."""
+
+
+def tail_of(storage: Tensor, *shape: int) -> Tensor:
+    """A bfloat16 tensor in the last bytes of a storage."""
+    size = 2 * torch.Size(shape).numel()
+    return storage[-size:].view(torch.bfloat16).view(shape)
+
+
+def inputs(storage: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`q, k, v, indices` of a few queries; `k` lies at the end of the storage."""
+    T, S, G, D = 4, 256, 16, 64
+    torch.manual_seed(0)
+    k = tail_of(storage, 1, S, 1, D)
+    k.copy_(torch.randn(k.shape))
+    q, v = (torch.randn(1, *size, D).to(torch.bfloat16) for size in ((T, G), (S, 1)))
+    indices = torch.arange(4, dtype=torch.int32).expand(1, T, 1, 4).contiguous()
+    return q, k, v, indices
+
+
+def compiled(arch: str, operator: str, storage: Tensor) -> Compiled:
+    """The device function that does the operator's work."""
+    q, k, v, indices = inputs(storage)
+    tail = (CONFIG, Layout(k.shape[1]), 0.1)
+    with compiling_for(arch) as builds:
+        if operator == "window":
+            amd.window_attention(q, k, v, *tail)
+        else:
+            amd.selected_attention(q, k, v, indices, *tail)
+    return inspect(builds[-1].assembly, builds[-1].shared)
+
+
+def test_only_storages_beyond_2_gib_are_read_by_global_loads() -> None:
+    near = compiled("gfx942", "window", torch.empty(REACH - 2, dtype=torch.uint8))
+    far = compiled("gfx942", "window", torch.empty(REACH, dtype=torch.uint8))
+    assert near.buffer_loads > 0 == near.global_loads
+    assert far.global_loads > 0
+
+
+def test_one_wave_reads_any_storage_by_buffer_loads() -> None:
+    """It moves the base, so that no offset is large."""
+    far = compiled("gfx942", "selected", torch.empty(REACH, dtype=torch.uint8))
+    assert far.buffer_loads > 0 == far.global_loads
+
+
+@pytest.mark.parametrize("operator", ["window", "selected"])
+def test_storages_beyond_2_gib_are_read_rightly(operator: str) -> None:
+    q, k, v, indices = inputs(torch.empty(REACH + 2**20, dtype=torch.uint8))
+    tail = (CONFIG, Layout(k.shape[1]), 0.1)
+    wide = [x.double() for x in (q, k, v)]
+    with emulator.emulated("gfx942"):
+        if operator == "window":
+            out, _ = amd.window_attention(q, k, v, *tail)
+            exact, _ = reference.window_attention(*wide, CONFIG, scale=0.1)
+        else:
+            out, _ = amd.selected_attention(q, k, v, indices, *tail)
+            exact, _ = reference.selected_attention(*wide, indices, CONFIG, scale=0.1)
+    assert (out - exact).abs().max() < 4 * torch.finfo(torch.bfloat16).eps * v.abs().max()
+
+
+def test_strides_beyond_a_buffer_instruction_go_to_the_shared_kernel() -> None:
+    q, k, v, indices = inputs(torch.empty(2 * REACH, dtype=torch.uint8))
+    far = k.as_strided(k.shape, (0, 2**23, 0, 1), 0)
+    with compiling_for("gfx942") as builds:
+        amd.selected_attention(q, far, v, indices, CONFIG, Layout(k.shape[1]), 0.1)
+    assert builds[-1].name == "_by_query_kernel"
+
+
+@pytest.mark.parametrize("items", [1, 7, 8, 9, 1000])
+@pytest.mark.parametrize("dies", [1, 8])
+def test_every_item_is_taken_once_and_a_die_takes_neighbours(items: int, dies: int) -> None:
+    """`placement.item_of`, spelled out."""
+    count = workgroups(items, dies)
+    each = -(-items // dies)
+    taken = [w % dies * each + w // dies for w in range(count)]
+    assert sorted(item for item in taken if item < items) == list(range(items))
+    for die in range(dies):
+        mine = [taken[w] for w in range(die, count, dies)]
+        assert mine == list(range(mine[0], mine[0] + each))
+
+
+@pytest.mark.parametrize("arch", CHIPS)
+def test_one_wave_executes_two_thirds_of_the_shared_kernels_instructions_at_most(arch: str) -> None:
+    shape = Shape(queries=4, keys=1024)
+    counts = []
+    for module in (amd, shared):
+        with emulator.emulated(arch) as session:
+            calls(module, shape)["selected"]()
+        counts.append(session.launches[-1].counters.instructions)
+    assert counts[0] * 3 <= counts[1] * 2
