@@ -72,7 +72,7 @@ def test_one_wave_reads_any_storage_by_buffer_loads() -> None:
 def test_storages_beyond_2_gib_are_read_rightly(operator: str) -> None:
     q, k, v, indices = inputs(torch.empty(REACH + 2**20, dtype=torch.uint8))
     tail = (CONFIG, Layout(k.shape[1]), 0.1)
-    wide = [x.double() for x in (q, k, v)]
+    wide = (q.double(), k.double(), v.double())
     with emulator.emulated("gfx942"):
         if operator == "window":
             out, _ = amd.window_attention(q, k, v, *tail)
