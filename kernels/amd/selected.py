@@ -272,9 +272,12 @@ def _attend(
         b_s = gl.amd.cdna3.mfma(b_q_rest, b_k, b_s)
     if MASKED:
         o_key = gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
-        b_s = gl.where((o_key < seen)[None, :], b_s, float("-inf"))
-    next_max = gl.maximum(running_max, gl.max(b_s, 1) * scale_log2)
-    b_p = gl.exp2(b_s * scale_log2 - next_max[:, None])
+        b_s = gl.where((o_key < seen)[None, :], b_s * scale_log2, float("-inf"))
+        next_max = gl.maximum(running_max, gl.max(b_s, 1))
+        b_p = gl.exp2(b_s - next_max[:, None])
+    else:
+        next_max = gl.maximum(running_max, gl.max(b_s, 1) * scale_log2)
+        b_p = gl.exp2(b_s * scale_log2 - next_max[:, None])
     decay = gl.exp2(running_max - next_max)
     running_sum = running_sum * decay + gl.sum(b_p, 1)
     b_p = as_left_operand(b_p, b_v.dtype, ROUNDS_BFLOAT16, LAYOUT)
