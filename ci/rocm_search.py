@@ -110,6 +110,10 @@ _FORWARD: dict[bool, _Tiles] = {
         (4, 256): ((16, 16, 8),),
     },
 }
+_SCORES: dict[bool, _Tiles] = {
+    True: {**_FORWARD[True], (2, 192): ((64, 128, 4), (64, 128, 2), (128, 64, 4), (128, 128, 4))},
+    False: _FORWARD[False],
+}
 _BACKWARD: dict[bool, _Tiles] = {
     True: {
         (2, 192): ((32, 64, 4), (16, 64, 2), (16, 64, 4)),
@@ -161,7 +165,7 @@ TILES: dict[str, dict[bool, _Tiles]] = {
     "selected_backward": _BACKWARD,
     "interval_forward": _FORWARD,
     "interval_dq": _FORWARD,
-    "block_scores": _FORWARD,
+    "block_scores": _SCORES,
     "selected_by_wave": _ONE_WAVE,
     "selected_by_query": _ONE_QUERY,
     "selected_by_block": _ONE_BLOCK,
@@ -231,7 +235,8 @@ def search(arch: str, kernel: str, size: int, dim: int) -> Found:
         16 if kernel in ("selected_by_wave", "selected_by_query") else 128 if size == 2 else 64
     )
     group = 4 if kernel == "selected_by_block" else 16
-    shape = Shape(queries, 1024, group, key_dim, value_dim, dtype=dtype)
+    keys = 4096 if kernel == "block_scores" else 1024  # compressed keys are few
+    shape = Shape(queries, keys, group, key_dim, value_dim, dtype=dtype)
     rows: list[dict[str, Any]] = []
     tried: list[Values] = []
     fitting: list[tuple[Values, Run, int]] = []
