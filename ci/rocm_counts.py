@@ -129,6 +129,9 @@ def main() -> None:
         "triton": triton.__version__,
         "shapes": {},
     }
+    before = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    if before.get("architecture") == arguments.arch and before["triton"] == triton.__version__:
+        results["shapes"] = before["shapes"]
     for name in arguments.shapes:
         shape = SHAPES[name]
         with tables.tuned_to(OF_A_LONG_SEQUENCE):
