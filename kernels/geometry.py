@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, fields
 
 import torch
@@ -102,8 +103,13 @@ class NSAConfig:
     @classmethod
     def from_ints(cls, values: list[int]) -> NSAConfig:
         """The inverse of `as_ints`."""
-        size, stride, select, n, init, local, w, score_map = (int(value) for value in values)
-        return cls(size, stride, select, n, init, local, w, SCORE_MAPS[score_map])
+        return _config_of(tuple(int(value) for value in values))
+
+
+@functools.lru_cache(maxsize=256)
+def _config_of(values: tuple[int, ...]) -> NSAConfig:
+    *sizes, score_map = values
+    return NSAConfig(*sizes, SCORE_MAPS[score_map])
 
 
 _LEAST = {

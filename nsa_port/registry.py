@@ -199,8 +199,8 @@ def plug_in(*backends: Backend) -> Iterator[None]:
 
 
 def _forget_table() -> None:
-    table.cache_clear()
-    parse_request.cache_clear()
+    for cached in (table, parse_request, _first_choice, _first_choices):
+        cached.cache_clear()
 
 
 def _load(target: str) -> Backend:
@@ -319,10 +319,12 @@ def _choose_slowly(problem: Problem, device: torch.device, request: str, *, part
     return choice.backend
 
 
+@functools.lru_cache(maxsize=1024)
 def _first_choice(problem: Problem, environment: Environment, name: str | None) -> Backend | None:
     """The backend that `select` would look at first, if it takes the call.
 
-    Every call comes by here; `answer` gathers the reasons only when somebody needs them.
+    Every call comes by here, most of them again and again; `answer` gathers the reasons only when
+    somebody needs them.
     """
     for backend in table():
         if backend.name == name or (name in (None, "auto") and backend.is_native(environment)):
@@ -352,13 +354,23 @@ def _requested(problem: Problem, texts: tuple[str, str], *, part: bool) -> str |
 
 def choose_parts(problem: Problem, device: torch.device, request: str) -> dict[str, Backend]:
     """Choose for every part of `nsa_attention`; operator -> backend, in `PARTS`' order."""
-    environment, texts = machine.probe(device), _texts(request)
-    chosen: dict[str, Backend] = {}
-    for operator in PARTS:
-        part = replace(problem, operator=operator)
-        first = _first_choice(part, environment, _requested(part, texts, part=True))
-        chosen[operator] = first or _choose_slowly(part, device, request, part=True)
-    return chosen
+    first = _first_choices(problem, machine.probe(device), _texts(request))
+    return {
+        operator: backend
+        or _choose_slowly(replace(problem, operator=operator), device, request, part=True)
+        for operator, backend in zip(PARTS, first, strict=True)
+    }
+
+
+@functools.lru_cache(maxsize=1024)
+def _first_choices(
+    problem: Problem, environment: Environment, texts: tuple[str, str]
+) -> tuple[Backend | None, ...]:
+    """`_first_choice` of every part."""
+    parts = (replace(problem, operator=operator) for operator in PARTS)
+    return tuple(
+        _first_choice(part, environment, _requested(part, texts, part=True)) for part in parts
+    )
 
 
 def kernel(backend: Backend, operator: str, device: torch.device, suffix: str = "") -> Callable:

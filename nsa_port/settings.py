@@ -15,6 +15,10 @@ VARIABLES = {
     "NSA_PORT_TABLES": "folder of <arch>.json tables that come before the tuned values shipped",
 }
 
+_PREFIX = "NSA_PORT_"
+_scanned = -1
+"""How many variables there were when they were last searched for unknown ones."""
+
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
 
@@ -29,7 +33,10 @@ def value(name: str) -> str:
 
 def requested_backend() -> str:
     """The text of `NSA_PORT_BACKEND`, `""` if unset."""
-    _warn_of_unknown_variables(tuple(name for name in os.environ if name.startswith("NSA_PORT_")))
+    global _scanned
+    if len(os.environ) != _scanned:  # a look at every name takes longer than all else here
+        _scanned = len(os.environ)
+        _warn_of_unknown_variables(tuple(name for name in os.environ if name.startswith(_PREFIX)))
     return value("NSA_PORT_BACKEND")
 
 
