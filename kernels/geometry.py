@@ -108,8 +108,8 @@ class NSAConfig:
 
 @functools.lru_cache(maxsize=256)
 def _config_of(values: tuple[int, ...]) -> NSAConfig:
-    *sizes, score_map = values
-    return NSAConfig(*sizes, SCORE_MAPS[score_map])
+    size, stride, select, n, init, local, w, score_map = values
+    return NSAConfig(size, stride, select, n, init, local, w, SCORE_MAPS[score_map])
 
 
 _LEAST = {

@@ -41,7 +41,6 @@ __all__ = [
 ]
 
 _ops = torch.ops.nsa_port
-assert ops.nsa_attention is not None  # importing ops defines the operators
 
 
 def nsa_attention(
@@ -75,7 +74,7 @@ def nsa_attention(
     where = _where(
         q, cfg, k_slc.shape[1], scale, cu_seqlens, cu_seqlens_k, positions, needs_grad, backend
     )
-    return _ops.nsa_attention(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, *where)[0]
+    return ops.run_whole(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, *where)[0]
 
 
 def mean_compress(
