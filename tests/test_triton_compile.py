@@ -24,6 +24,12 @@ FUNCTIONS = {name: kernel.function for name, kernel in KERNELS.items() if kernel
 TABLES = {"sm_80": "sm_80", "sm_90": "sm_90", "sm_100": "sm_100", "generic": "sm_80"}
 """Table -> the architecture to compile it for."""
 
+A_FEW_SCALARS = 32
+"""Bytes that a kernel written for Hopper may spill: what it needs between its loops."""
+
+WORKERS = 8
+"""Warps that such a kernel has besides those that it is launched with."""
+
 LEAST_SHARED_MEMORY = 64 * 1024
 """What an unknown architecture is taken to have."""
 
@@ -57,9 +63,9 @@ def launch(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, T: int
     out, lse = tensor(T, G, value_dim), torch.zeros(1, T, G)
     indices = torch.zeros(1, T, 1, CONFIG.num_selected, dtype=torch.int32)
     tail = (CONFIG, Layout(T), 0.1)
-    if kernel == "interval_forward":
+    if kernel in ("interval_forward", "hopper_forward"):
         kernels.compressed_attention(q, k_cmp, v_cmp, *tail)
-    elif kernel.startswith("interval"):
+    elif kernel.startswith(("interval", "hopper")):
         kernels.compressed_attention_backward(out, None, q, k_cmp, v_cmp, out, lse, *tail)
     elif kernel == "block_scores":
         kernels.select_blocks(q, k_cmp, lse, *tail)
@@ -75,13 +81,15 @@ def test_every_tuned_entry_fits_its_architecture(
 ) -> None:
     row = shipped_table(table)[kernel][index]
     dtype = torch.bfloat16 if row["element_size"] == 2 else torch.float32
-    with compiling_for(TABLES[table]) as builds, tuned_to({kernel: values_of(row)}):
+    changes = {**KERNELS[kernel].along_with, kernel: values_of(row)}
+    with compiling_for(TABLES[table]) as builds, tuned_to(changes):
         launch(kernel, *dims, dtype)
     (build,) = (build for build in builds if build.name == FUNCTIONS[kernel])
     room = LEAST_SHARED_MEMORY if table == "generic" else SHARED_MEMORY[table]
     assert build.shared <= room, f"{build.shared} bytes of shared memory, {room} available"
-    assert build.stack == 0, f"spills {build.stack} bytes of registers"
-    assert build.num_warps == row["num_warps"]
+    on_hopper = kernel.startswith("hopper")
+    assert build.stack <= on_hopper * A_FEW_SCALARS, f"spills {build.stack} bytes of registers"
+    assert build.num_warps == row["num_warps"] + on_hopper * WORKERS
     assert not reads_before_writes(build.binary)
     if table == "sm_90" and kernel != "selected_by_query":
         assert build.uses_wgmma == ("exact_dims" in row), "wgmma where it should be, only there"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nsa_port.kernels.geometry import Layout, NSAConfig
 from nsa_port.kernels.triton.host import bits_of
-from nsa_port.kernels.triton.tiles import LARGEST, find_interval, tile_extent
+from nsa_port.kernels.triton.tiles import LARGEST, find_interval, key_spans, tile_extent
 
 _BLOCK = 256
 _PART_QUERIES = 32
@@ -363,3 +363,55 @@ def _sees_all(p_extents, o_part, m_part, parts, first, last):
     b_lower = tl.load(p_extents + 2 * parts + o_part, mask=m_part, other=LARGEST)
     b_upper = tl.load(p_extents + 3 * parts + o_part, mask=m_part, other=0)
     return (b_lower <= first) & (b_upper >= last)
+
+
+def key_ranges(bounds: QueryBounds, tiles: Tiles, block_m: int, block_n: int) -> Tensor:
+    """For each tile of `block_m` queries, the key rows that it walks, see `key_spans`.
+
+    int32 `[B or 1, tiles, 4]`: `start, full_start, full_stop, stop`.
+    """
+    batches, num_queries = bounds.lower.shape
+    shape = (batches, tiles.count, 4)
+    ranges = torch.empty(shape, dtype=torch.int32, device=bounds.lower.device)
+    if tiles.count:
+        _key_ranges_kernel[(batches * tiles.count,)](
+            bounds.lower,
+            bounds.upper,
+            ranges,
+            tiles.first,
+            tiles.stop,
+            num_queries,
+            tiles.count,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            num_warps=1,
+        )
+    return ranges
+
+
+@triton.jit(do_not_specialize=["T", "tiles"])
+def _key_ranges_kernel(
+    lower,
+    upper,
+    ranges,
+    tile_first,
+    tile_stop,
+    T,
+    tiles,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program: one tile of queries."""
+    i_batch = (tl.program_id(0) // tiles).to(tl.int64)
+    i_tile = tl.program_id(0) % tiles
+    first, last = tile_of(tile_first, tile_stop, i_tile, BLOCK_M, T)
+    o_query = first + tl.arange(0, BLOCK_M)
+    m_query = o_query < last
+    b_lower = tl.load(lower + i_batch * T + o_query, mask=m_query, other=0)
+    b_upper = tl.load(upper + i_batch * T + o_query, mask=m_query, other=0)
+    start, full_start, full_stop, stop = key_spans(b_lower, b_upper, m_query, BLOCK_N)
+    p_out = ranges + (i_batch * tiles + i_tile) * 4
+    tl.store(p_out, start)
+    tl.store(p_out + 1, full_start)
+    tl.store(p_out + 2, full_stop)
+    tl.store(p_out + 3, stop)

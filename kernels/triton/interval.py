@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_port.kernels.geometry import Layout, NSAConfig
+from nsa_port.kernels.tables import Values
 from nsa_port.kernels.triton.bounds import Kind, QueryBounds, cut_tiles, query_bounds, tile_of
 from nsa_port.kernels.triton.host import (
     LOG2_E,
@@ -31,6 +32,8 @@ from nsa_port.kernels.triton.tiles import (
     load_rows,
     store_rows,
 )
+
+_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 def compressed_attention(
@@ -62,6 +65,12 @@ def _interval_attention(
     lse = torch.empty((B, T, H), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
+    values = hopper_values("hopper_forward", q, k, v) if scale > 0 else None
+    if values is not None:
+        from nsa_port.kernels.triton.interval_hopper import attend
+
+        attend(q, k, v, bounds, layout, scale, out, lse, values)
+        return out, lse
     config = tuned(arch_of(q), "interval_forward", q.element_size(), Dk, Dv)
     # Few queries, as in decoding: fill the tile with the heads that share these keys instead.
     heads = G if config["BLOCK_M"] >= T * 2 and config["BLOCK_M"] >= G else 1
@@ -91,6 +100,32 @@ def _interval_attention(
         **config,
     )
     return out, lse
+
+
+def hopper_values(kernel: str, q: Tensor, *others: Tensor) -> Values | None:
+    """The tuned values of a kernel written for Hopper, None where it cannot take these tensors.
+
+    The last tensor gives the value dimension. Such kernels copy tiles with the tensor memory
+    accelerator, which wants addresses that are multiples of 16 bytes, and they pay from a number of
+    queries on.
+    """
+    if arch_of(q) != "sm_90" or _TRITON < (3, 6):
+        return None
+    try:
+        dims = (q.shape[3], others[-1].shape[3])
+        values = tuned("sm_90", kernel, q.element_size(), *dims)
+    except ValueError:
+        return None
+    addressable = all(
+        tensor.data_ptr() % 16 == 0
+        and tensor.stride(3) == 1
+        and all(
+            tensor.shape[axis] == 1 or tensor.stride(axis) * tensor.element_size() % 16 == 0
+            for axis in range(3)
+        )
+        for tensor in (q, *others)
+    )
+    return values if addressable and q.shape[1] >= values["fewest_queries"] else None
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "stride_bounds"])

@@ -33,6 +33,7 @@ from nsa_port.kernels.triton.host import (
     strides,
     tuned,
 )
+from nsa_port.kernels.triton.interval import hopper_values
 from nsa_port.kernels.triton.preparation import backward_rows
 from nsa_port.kernels.triton.tiles import dot, dot_split, key_spans, load_rows, store_rows
 
@@ -91,6 +92,19 @@ class BackwardRows(NamedTuple):
     delta: Tensor
 
 
+class Problem(NamedTuple):
+    """What the backward kernels have in common, as `interval_backward` takes it."""
+
+    rows: BackwardRows
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bounds: QueryBounds
+    layout: Layout
+    scale: float
+    gate: Tensor | None
+
+
 def interval_backward(
     rows: BackwardRows,
     q: Tensor,
@@ -110,77 +124,118 @@ def interval_backward(
     probabilities: then `grad_out` is the gradient of the gated output, and `delta` its sum with the
     output before the gate. A given `dq`, contiguous, is added to.
     """
-    B, T, H, Dk = q.shape
-    S, HK, Dv = v.shape[1:]
-    G = H // HK
-    arch = arch_of(q)
-    inputs = (rows.grad_out, q, k, v, rows.lse_log2, rows.delta, gate)
-    all_strides = (*strides(rows.grad_out), *strides(q), *strides(k), *strides(v))
-    heads = split_arguments(split_head(Dk), split_head(Dv))
-
+    problem = Problem(rows, q, k, v, bounds, layout, scale, gate)
     add_dq = dq is not None
     if dq is None:
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if dq.numel():
-        tuned_dq = tuned(arch, "interval_dq", q.element_size(), Dk, Dv)
-        tiles = cut_tiles(T, tuned_dq["BLOCK_M"], layout.cu_seqlens)
-        _interval_dq_kernel[(tiles.count * B * H,)](
-            *inputs,
-            tiles.first,
-            tiles.stop,
-            bounds.lower,
-            bounds.upper,
-            dq,
-            scale * LOG2_E,
-            scale,
-            T,
-            H,
-            G,
-            tiles.count,
-            bounds.stride,
-            *all_strides,
-            ADD_DQ=add_dq,
-            **heads,
-            **tuned_dq,
-        )
+        values = hopper_values("hopper_dq", q, k, rows.grad_out, v)
+        if values is None:
+            _query_gradients(problem, dq, add_dq)
+        else:
+            from nsa_port.kernels.triton.interval_backward_hopper import query_gradients
 
-    tuned_dkdv = tuned(arch, "interval_dkdv", q.element_size(), Dk, Dv)
-    keys = cut_tiles(S, tuned_dkdv["BLOCK_N"], cu_rows)
-    splits = _splits(triton.cdiv(S, tuned_dkdv["BLOCK_N"]) * B * HK, G)
+            query_gradients(problem, dq, add_dq, values)
+    return dq, *_key_gradients(problem, cu_rows)
+
+
+def _query_gradients(problem: Problem, dq: Tensor, add_dq: bool) -> None:
+    """Write `dq`, or add to it."""
+    rows, q, k, v, bounds, layout, scale, gate = problem
+    B, T, H, Dk = q.shape
+    HK, Dv = v.shape[2:]
+    values = tuned(arch_of(q), "interval_dq", q.element_size(), Dk, Dv)
+    tiles = cut_tiles(T, values["BLOCK_M"], layout.cu_seqlens)
+    _interval_dq_kernel[(tiles.count * B * H,)](
+        rows.grad_out,
+        q,
+        k,
+        v,
+        rows.lse_log2,
+        rows.delta,
+        gate,
+        tiles.first,
+        tiles.stop,
+        bounds.lower,
+        bounds.upper,
+        dq,
+        scale * LOG2_E,
+        scale,
+        T,
+        H,
+        H // HK,
+        tiles.count,
+        bounds.stride,
+        *strides(rows.grad_out),
+        *strides(q),
+        *strides(k),
+        *strides(v),
+        ADD_DQ=add_dq,
+        **split_arguments(split_head(Dk), split_head(Dv)),
+        **values,
+    )
+
+
+def _key_gradients(problem: Problem, cu_rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`dk, dv`."""
+    rows, q, k, v, bounds, layout, scale, gate = problem
+    B, T, H, Dk = q.shape
+    S, HK, Dv = v.shape[1:]
+    # Padded rows may hold anything, which only the kernel for any chip looks out for.
+    padded = layout.positions is not None
+    on_hopper = None if padded else hopper_values("hopper_dkdv", q, rows.grad_out, v)
+    values = on_hopper or tuned(arch_of(q), "interval_dkdv", q.element_size(), Dk, Dv)
+    block_n = values["BLOCK_N"]
+    keys = cut_tiles(S, block_n, cu_rows)
+    splits = _splits(triton.cdiv(S, block_n) * B * HK, H // HK)
     dtype = torch.float32 if splits > 1 else k.dtype
     # Rows that belong to no packed sequence are in no tile.
     allocate = torch.empty if cu_rows is None else torch.zeros
     dk = allocate((splits, B, S, HK, Dk), dtype=dtype, device=k.device)
     dv = allocate((splits, B, S, HK, Dv), dtype=dtype, device=v.device)
     if keys.count * B:
-        ranges = query_ranges(bounds, S, keys, layout.cu_seqlens, tuned_dkdv["BLOCK_N"])
-        _interval_dkdv_kernel[(keys.count * B * HK * splits,)](
-            *inputs,
-            keys.first,
-            keys.stop,
-            bounds.lower,
-            bounds.upper,
-            ranges,
-            dk,
-            dv,
-            scale * LOG2_E,
-            scale,
-            T,
-            S,
-            B,
-            HK,
-            G,
-            splits,
-            bounds.stride,
-            0 if bounds.stride == 0 else keys.count * 4,
-            *all_strides,
-            PADDED=layout.positions is not None,
-            **heads,
-            **tuned_dkdv,
-        )
+        ranges = query_ranges(bounds, S, keys, layout.cu_seqlens, block_n)
+        if on_hopper is not None:
+            from nsa_port.kernels.triton.interval_backward_hopper import key_gradients
+
+            key_gradients(problem, keys, ranges, dk, dv, values)
+        else:
+            _interval_dkdv_kernel[(keys.count * B * HK * splits,)](
+                rows.grad_out,
+                q,
+                k,
+                v,
+                rows.lse_log2,
+                rows.delta,
+                gate,
+                keys.first,
+                keys.stop,
+                bounds.lower,
+                bounds.upper,
+                ranges,
+                dk,
+                dv,
+                scale * LOG2_E,
+                scale,
+                T,
+                S,
+                B,
+                HK,
+                H // HK,
+                splits,
+                bounds.stride,
+                0 if bounds.stride == 0 else keys.count * 4,
+                *strides(rows.grad_out),
+                *strides(q),
+                *strides(k),
+                *strides(v),
+                PADDED=padded,
+                **split_arguments(split_head(Dk), split_head(Dv)),
+                **values,
+            )
     if splits == 1:
-        return dq, dk[0], dv[0]
-    return dq, dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype)
+        return dk[0], dv[0]
+    return dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype)
 
 
 def _splits(programs: int, G: int) -> int:
@@ -451,26 +506,28 @@ def _add_dkdv(
 
     One loop over heads and queries: nested loops keep Triton from overlapping the outer's steps.
     """
-    i_query, i_head = start, heads * 0
+    # A step's numbers per row are loaded in the step before: as part of the loop's own pipeline
+    # they would be copied to shared memory four bytes at a time, by every thread.
+    o_query = start + tl.arange(0, BLOCK_M)
+    i_query, i_head = start, (start * 0).to(tl.int64)
+    b_lse = tl.load(p_lse + o_query, mask=o_query < stop, other=float("inf"))
+    b_delta = tl.load(p_delta + o_query, mask=o_query < stop, other=0.0)
     for _ in range(heads * tl.cdiv(stop - start, BLOCK_M)):
         o_query = i_query + tl.arange(0, BLOCK_M)
         m_row = o_query < stop
-        b_lower, b_upper = o_query, o_query
         if MASKED:
             b_lower = tl.load(p_lower + o_query, mask=m_row, other=0)
             b_upper = tl.load(p_upper + o_query, mask=m_row, other=0)
             if PADDED:
                 # Padded rows may hold anything, NaN too.
                 m_row &= b_lower < b_upper
-        o_q = o_query.to(tl.int64) * stride_qt + i_head.to(tl.int64) * stride_qh
-        o_grad = o_query.to(tl.int64) * stride_gt + i_head.to(tl.int64) * stride_gh
-        b_q = load_rows(p_q, o_q, m_row, 0, K_MAIN, DIM_K, MASKED)
+        o_q = o_query.to(tl.int64) * stride_qt
+        o_grad = o_query.to(tl.int64) * stride_gt
+        p_q_head, p_grad_head = p_q + i_head * stride_qh, p_grad + i_head * stride_gh
+        b_q = load_rows(p_q_head, o_q, m_row, 0, K_MAIN, DIM_K, MASKED)
         b_q_rest = b_q
         if K_REST:
-            b_q_rest = load_rows(p_q, o_q, m_row, K_MAIN, K_REST, DIM_K, MASKED)
-        o_stats = i_head.to(tl.int64) * T + o_query
-        b_lse = tl.load(p_lse + o_stats, mask=m_row, other=float("inf"))
-        b_delta = tl.load(p_delta + o_stats, mask=m_row, other=0.0)
+            b_q_rest = load_rows(p_q_head, o_q, m_row, K_MAIN, K_REST, DIM_K, MASKED)
         # [BLOCK_N, BLOCK_M]
         b_s = dot_split(b_k, b_k_rest, b_q, b_q_rest, K_REST)
         b_p = tl.exp2(b_s * scale_log2 - b_lse[None, :])
@@ -478,11 +535,12 @@ def _add_dkdv(
             m_seen = (o_key[:, None] >= b_lower[None, :]) & (o_key[:, None] < b_upper[None, :])
             b_p = tl.where(m_seen, b_p, 0.0)
         if p_gate is not None:
-            b_p *= tl.load(p_gate + o_stats, mask=m_row, other=0.0)[None, :]
-        b_grad = load_rows(p_grad, o_grad, m_row, 0, V_MAIN, DIM_V, MASKED)
+            b_gate = tl.load(p_gate + i_head * T + o_query, mask=m_row, other=0.0)
+            b_p *= b_gate[None, :]
+        b_grad = load_rows(p_grad_head, o_grad, m_row, 0, V_MAIN, DIM_V, MASKED)
         b_grad_rest = b_grad
         if V_REST:
-            b_grad_rest = load_rows(p_grad, o_grad, m_row, V_MAIN, V_REST, DIM_V, MASKED)
+            b_grad_rest = load_rows(p_grad_head, o_grad, m_row, V_MAIN, V_REST, DIM_V, MASKED)
         b_dv = dot(b_p.to(b_grad.dtype), b_grad, b_dv)
         if V_REST:
             b_dv_rest = dot(b_p.to(b_grad.dtype), b_grad_rest, b_dv_rest)
@@ -495,4 +553,9 @@ def _add_dkdv(
         m_done = i_query >= stop
         i_query = tl.where(m_done, start, i_query)
         i_head = tl.where(m_done, i_head + 1, i_head)
+        o_query = i_query + tl.arange(0, BLOCK_M)
+        m_row = (o_query < stop) & (i_head < heads)
+        o_stats = i_head * T + o_query
+        b_lse = tl.load(p_lse + o_stats, mask=m_row, other=float("inf"))
+        b_delta = tl.load(p_delta + o_stats, mask=m_row, other=0.0)
     return b_dk, b_dk_rest, b_dv, b_dv_rest

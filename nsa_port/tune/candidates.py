@@ -42,18 +42,39 @@ KERNELS: dict[str, Kernel] = {
         {"BLOCK_M": (64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3)},
         {"BLOCK_M": (64, 128), "BLOCK_N": (32, 64), "num_warps": (4, 8), "num_stages": (1, 2)}
         | _AMD,
+        along_with={"hopper_forward": {"fewest_queries": _ALWAYS}},
     ),
     "interval_dq": Kernel(
         "_interval_dq_kernel",
         ("compressed_backward", "window_backward"),
         {"BLOCK_M": (64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2)},
         {"BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64), "num_warps": (4, 8)} | _AMD,
+        along_with={"hopper_dq": {"fewest_queries": _ALWAYS}},
     ),
     "interval_dkdv": Kernel(
         "_interval_dkdv_kernel",
         ("compressed_backward", "window_backward"),
         {"BLOCK_M": (32, 64, 128), "BLOCK_N": (64, 128), "num_warps": (4, 8), "num_stages": (1, 2)},
         {"BLOCK_M": (32, 64), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8)} | _AMD,
+        along_with={"hopper_dkdv": {"fewest_queries": _ALWAYS}},
+    ),
+    "hopper_forward": Kernel(
+        "_hopper_forward_kernel",
+        ("compressed", "window"),
+        {"BLOCK_N": (64, 128), "num_stages": (2, 3, 4)},
+        {},
+    ),
+    "hopper_dq": Kernel(
+        "_hopper_dq_kernel",
+        ("compressed_backward", "window_backward"),
+        {"BLOCK_N": (64, 128), "num_stages": (2, 3, 4)},
+        {},
+    ),
+    "hopper_dkdv": Kernel(
+        "_hopper_dkdv_kernel",
+        ("compressed_backward", "window_backward"),
+        {"BLOCK_M": (32, 64), "num_stages": (2, 3, 4)},
+        {},
     ),
     "block_scores": Kernel(
         "_block_scores_kernel",

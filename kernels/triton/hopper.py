@@ -1,0 +1,110 @@
+"""What the kernels written for Hopper share: when they run, their tiles, and who works on what.
+
+They are written in Gluon, Triton's lower level: one warp fetches tiles ahead of time with the
+tensor memory accelerator (TMA), and two warpgroups issue asynchronous matrix products, so that one
+takes exponentials while the other multiplies.
+
+A tile that would reach past the last row that counts is moved to end there, because what lies
+behind may belong to another sequence and be anything, NaN too. Only where fewer rows than a tile
+count does that reach before the first; `clean_rows` then clears those.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton.experimental.gluon as gluon
+import triton.experimental.gluon.language as gl
+from torch import Tensor
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+TILE = gl.NVMMASharedLayout(128, 16, rank=4)
+QUERIES = 128
+"""Queries of a program's tile, half of them each warpgroup's."""
+
+
+def describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor | None:
+    """`[B, T, H, D]` as tiles of `rows` tokens and `columns` columns of one head; None for none."""
+    if columns == 0:
+        return None
+    shape = list(tensor.shape)
+    whole = shape[1] * shape[2] * shape[3]
+    pairs = zip(shape[:-1], tensor.stride()[:-1], strict=True)
+    strides = [whole if size == 1 else stride for size, stride in pairs]
+    return TensorDescriptor(tensor, shape, [*strides, 1], [1, rows, 1, columns], TILE)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once, each on a multiprocessor of its own."""
+    if device.type == "cpu":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@gluon.jit
+def locate(i_work, where):
+    """Batch, head, key head and first query of a tile, and the four ends of its keys' spans.
+
+    Late tiles come first: where attention is causal they have the most to do.
+    """
+    tile_first, spans, stride_spans, _, H, G, tiles, total = where
+    columns = total // tiles
+    i_tile = tiles - 1 - i_work // columns
+    i_batch = i_work % columns // H
+    i_head = i_work % columns % H
+    first = i_tile * 128
+    if tile_first is not None:
+        first = gl.load(tile_first + i_tile)
+    p_span = spans + i_batch.to(gl.int64) * stride_spans + i_tile * 4
+    start, full_start = gl.load(p_span), gl.load(p_span + 1)
+    full_stop, stop = gl.load(p_span + 2), gl.load(p_span + 3)
+    return i_tile, i_batch, i_head, i_head // G, first, (start, full_start, full_stop, stop)
+
+
+@gluon.jit
+def count_steps(span, BLOCK: gl.constexpr):
+    """How many tiles of a span have to be masked, which come first, and how many there are."""
+    start, full_start, full_stop, stop = span
+    masked = (full_start - start + BLOCK - 1) // BLOCK + (stop - full_stop + BLOCK - 1) // BLOCK
+    return masked, masked + (full_stop - full_start) // BLOCK
+
+
+@gluon.jit
+def tile_of_step(i_step, span, BLOCK: gl.constexpr):
+    """First row of a step's tile; the rows `nominal .. end - 1` of it are the step's."""
+    start, full_start, full_stop, stop = span
+    left = (full_start - start + BLOCK - 1) // BLOCK
+    i_right = i_step - left
+    i_full = i_right - (stop - full_stop + BLOCK - 1) // BLOCK
+    m_left, m_right = i_step < left, i_full < 0
+    nominal = gl.where(m_right, full_stop + i_right * BLOCK, full_start + i_full * BLOCK)
+    nominal = gl.where(m_left, start + i_step * BLOCK, nominal)
+    end = gl.where(m_left, full_start, gl.where(m_right, stop, full_stop))
+    return gl.minimum(nominal, stop - BLOCK), nominal, end
+
+
+@gluon.jit
+def next_stage(i_stage, parity, STAGES: gl.constexpr):
+    """The stage after this one, and the parity of the barriers there."""
+    i_stage += 1
+    m_wrap = i_stage == STAGES
+    return gl.where(m_wrap, 0, i_stage), gl.where(m_wrap, parity ^ 1, parity)
+
+
+@gluon.jit
+def clean_rows(tile, count):
+    """Clear the first `count` rows of a tile in shared memory.
+
+    Both warpgroups do so, each for itself: they write the same.
+    """
+    width: gl.constexpr = tile.shape[1]
+    lanes: gl.constexpr = gl.BlockedLayout([1, 8], [256 // width, width // 8], [4, 1], [1, 0])
+    for i_row in gl.static_range(0, tile.shape[0], 32):
+        part = tile.slice(i_row, 32)
+        o_row = i_row + gl.arange(0, 32, gl.SliceLayout(1, lanes))
+        part.store(gl.where((o_row >= count)[:, None], part.load(lanes), 0.0))
+    fence_async_shared()
+    gl.thread_barrier()

@@ -1,0 +1,357 @@
+"""Attention over an interval of keys, written for Hopper's own instructions.
+
+The same computation as `_interval_forward_kernel`. A warpgroup has 64 queries, and multiplies one
+tile's probabilities with its values while it takes the exponentials of the next.
+"""
+
+from __future__ import annotations
+
+import triton.experimental.gluon as gluon
+import triton.experimental.gluon.language as gl
+from torch import Tensor
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from nsa_port.kernels.geometry import Layout
+from nsa_port.kernels.tables import Values
+from nsa_port.kernels.triton.bounds import QueryBounds, cut_tiles, key_ranges
+from nsa_port.kernels.triton.hopper import (
+    QUERIES,
+    clean_rows,
+    count_steps,
+    describe,
+    locate,
+    multiprocessors,
+    next_stage,
+    tile_of_step,
+)
+from nsa_port.kernels.triton.host import LOG2_E, split_head
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: QueryBounds,
+    layout: Layout,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    values: Values,
+) -> None:
+    """Fill `out` and `lse` with the softmax over each query's interval; `scale` is positive."""
+    B, T, H, Dk = q.shape
+    key, value = split_head(Dk), split_head(v.shape[3])
+    block_n = values["BLOCK_N"]
+    tiles = cut_tiles(T, QUERIES, layout.cu_seqlens)
+    total = tiles.count * B * H
+    _hopper_forward_kernel[(min(total, multiprocessors(q.device)),)](
+        describe(q, QUERIES // 2, key.main),
+        describe(q, QUERIES // 2, key.rest),
+        describe(k, block_n, key.main),
+        describe(k, block_n, key.rest),
+        describe(v, block_n, value.main),
+        tiles.first,
+        tiles.stop,
+        bounds.lower,
+        bounds.upper,
+        key_ranges(bounds, tiles, QUERIES, block_n),
+        out,
+        lse,
+        scale * LOG2_E,
+        T,
+        H,
+        H // v.shape[2],
+        tiles.count,
+        total,
+        bounds.stride,
+        0 if bounds.stride == 0 else tiles.count * 4,
+        K_MAIN=key.main,
+        K_REST=key.rest,
+        V_MAIN=value.main,
+        BLOCK_N=block_n,
+        STAGES=values["num_stages"],
+        num_warps=values["num_warps"],
+    )
+
+
+_LENGTHS = ["T", "tiles", "total", "stride_bounds", "stride_spans"]
+
+
+@gluon.jit(do_not_specialize=_LENGTHS)
+def _hopper_forward_kernel(
+    q_main,
+    q_rest,
+    k_main,
+    k_rest,
+    v_main,
+    tile_first,
+    tile_stop,
+    lower,
+    upper,
+    spans,
+    out,
+    lse,
+    scale_log2,
+    T,
+    H,
+    G,
+    tiles,
+    total,
+    stride_bounds,
+    stride_spans,
+    K_MAIN: gl.constexpr,
+    K_REST: gl.constexpr,
+    V_MAIN: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """One program of as many as the device has multiprocessors: every so manieth tile."""
+    dtype: gl.constexpr = out.dtype.element_ty
+    tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=4)
+    rest: gl.constexpr = K_REST if K_REST else K_MAIN
+    q_buffer = gl.allocate_shared_memory(dtype, [2, 1, 64, 1, K_MAIN], tile)
+    k_buffer = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, K_MAIN], tile)
+    v_buffer = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, V_MAIN], tile)
+    q_rest_buffer, k_rest_buffer = q_buffer, k_buffer
+    q_tiles, k_tiles = (q_main, q_main), (k_main, k_main)
+    if K_REST:
+        q_rest_buffer = gl.allocate_shared_memory(dtype, [2, 1, 64, 1, rest], tile)
+        k_rest_buffer = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, rest], tile)
+        q_tiles, k_tiles = (q_main, q_rest), (k_main, k_rest)
+    counter: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_ready = gl.allocate_shared_memory(gl.int64, [2, 1], counter)
+    k_ready = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], counter)
+    v_ready = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], counter)
+    # A buffer's first barrier says that it is filled, the second that both warpgroups are done.
+    mbarrier.init(q_ready.index(0), count=1)
+    mbarrier.init(q_ready.index(1), count=2)
+    for i_stage in gl.static_range(STAGES):
+        mbarrier.init(k_ready.index(i_stage), count=1)
+        mbarrier.init(v_ready.index(i_stage), count=1)
+        mbarrier.init(k_ready.index(STAGES + i_stage), count=2)
+        mbarrier.init(v_ready.index(STAGES + i_stage), count=2)
+    fence_async_shared()
+
+    buffers = (q_buffer, q_rest_buffer, k_buffer, k_rest_buffer, v_buffer)
+    ready = (q_ready, k_ready, v_ready)
+    where = (tile_first, spans, stride_spans, T, H, G, tiles, total)
+    results = (out, lse, lower, upper, stride_bounds, tile_stop)
+    gl.warp_specialize(
+        [
+            (
+                _consume,
+                (buffers, ready, where, results, scale_log2,
+                 0, K_MAIN, K_REST, V_MAIN, BLOCK_N, STAGES),
+            ),
+            (
+                _consume,
+                (buffers, ready, where, results, scale_log2,
+                 1, K_MAIN, K_REST, V_MAIN, BLOCK_N, STAGES),
+            ),
+            (
+                _fetch,
+                (q_tiles, k_tiles, v_main, buffers, ready, where,
+                 K_MAIN, K_REST, V_MAIN, BLOCK_N, STAGES),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _fetch(
+    q_tiles, k_tiles, v_main, buffers, ready, where,
+    K_MAIN: gl.constexpr, K_REST: gl.constexpr, V_MAIN: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The fetching warp: fill every buffer as soon as it is free."""
+    q_buffer, q_rest_buffer, k_buffer, k_rest_buffer, v_buffer = buffers
+    q_ready, k_ready, v_ready = ready
+    total = where[7]
+    i_stage, parity, q_parity = 0, 1, 1
+    for i_work in range(gl.program_id(0), total, gl.num_programs(0)):
+        _i_tile, i_batch, i_head, i_kv, first, span = locate(i_work, where)
+        _masked, steps = count_steps(span, BLOCK_N)
+        mbarrier.wait(q_ready.index(1), q_parity)
+        q_parity ^= 1
+        filled = q_ready.index(0)
+        mbarrier.expect(filled, 2 * 128 * (K_MAIN + K_REST))
+        for half in gl.static_range(2):
+            o_q = first + half * 64
+            tma.async_copy_global_to_shared(
+                q_tiles[0], [i_batch, o_q, i_head, 0], filled, q_buffer.index(half)
+            )
+            if K_REST:
+                tma.async_copy_global_to_shared(
+                    q_tiles[1], [i_batch, o_q, i_head, K_MAIN], filled, q_rest_buffer.index(half)
+                )
+        for i_step in range(steps):
+            i_key, _nominal, _end = tile_of_step(i_step, span, BLOCK_N)
+            filled = k_ready.index(i_stage)
+            mbarrier.wait(k_ready.index(STAGES + i_stage), parity)
+            mbarrier.expect(filled, 2 * BLOCK_N * (K_MAIN + K_REST))
+            tma.async_copy_global_to_shared(
+                k_tiles[0], [i_batch, i_key, i_kv, 0], filled, k_buffer.index(i_stage)
+            )
+            if K_REST:
+                tma.async_copy_global_to_shared(
+                    k_tiles[1], [i_batch, i_key, i_kv, K_MAIN], filled,
+                    k_rest_buffer.index(i_stage),
+                )  # fmt: skip
+            filled = v_ready.index(i_stage)
+            mbarrier.wait(v_ready.index(STAGES + i_stage), parity)
+            mbarrier.expect(filled, 2 * BLOCK_N * V_MAIN)
+            tma.async_copy_global_to_shared(
+                v_main, [i_batch, i_key, i_kv, 0], filled, v_buffer.index(i_stage)
+            )
+            i_stage, parity = next_stage(i_stage, parity, STAGES)
+
+
+@gluon.jit
+def _scores(
+    q, q_rest, k_buffer, k_rest_buffer, i_stage,
+    K_MAIN: gl.constexpr, K_REST: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """Start `q @ k.T`. `[64, BLOCK_N]`."""
+    tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    by_key: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    zeros = gl.zeros([64, BLOCK_N], gl.float32, by_key)
+    b_k = k_buffer.index(i_stage)._reinterpret(q.dtype, [BLOCK_N, K_MAIN], tile)
+    b_s = warpgroup_mma(q, b_k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    if K_REST:
+        b_k = k_rest_buffer.index(i_stage)._reinterpret(q.dtype, [BLOCK_N, K_REST], tile)
+        b_s = warpgroup_mma(q_rest, b_k.permute((1, 0)), b_s, is_async=True)
+    return b_s
+
+
+@gluon.jit
+def _soften(
+    b_s, running_max, running_sum, b_lower, b_upper, i_key, nominal, scale_log2,
+    MASKED: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """One step of the softmax. `p [64, BLOCK_N]` and the new maximum, sum and decay, `[64]`."""
+    by_key: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    if MASKED:
+        o_key = i_key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, by_key))
+        b_first = gl.maximum(b_lower, nominal)
+        m_seen = (o_key[None, :] >= b_first[:, None]) & (o_key[None, :] < b_upper[:, None])
+        b_s = gl.where(m_seen, b_s, float("-inf"))
+    next_max = gl.maximum(running_max, gl.max(b_s, 1) * scale_log2)
+    shift = next_max
+    if MASKED:
+        # A row that has seen nothing yet must not compute -inf - -inf.
+        shift = gl.where(next_max == float("-inf"), 0.0, next_max)
+    b_p = gl.exp2(b_s * scale_log2 - shift[:, None])
+    decay = gl.exp2(running_max - shift)
+    running_sum = running_sum * decay + gl.sum(b_p, 1)
+    return b_p, next_max, running_sum, decay
+
+
+@gluon.jit
+def _consume(
+    buffers, ready, where, results, scale_log2,
+    HALF: gl.constexpr, K_MAIN: gl.constexpr, K_REST: gl.constexpr, V_MAIN: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """A multiplying warpgroup: its 64 queries of every tile."""
+    q_buffer, q_rest_buffer, k_buffer, k_rest_buffer, v_buffer = buffers
+    q_ready, k_ready, v_ready = ready
+    out, lse, lower, upper, stride_bounds, tile_stop = results
+    T, H, total = where[3], where[4], where[7]
+    dtype: gl.constexpr = q_buffer.dtype
+    rest: gl.constexpr = K_REST if K_REST else K_MAIN
+    tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    by_key: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    by_value: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V_MAIN, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, by_value, 2)
+    row: gl.constexpr = gl.SliceLayout(1, by_key)
+    out_row: gl.constexpr = gl.SliceLayout(1, by_value)
+    b_q = q_buffer.index(HALF)._reinterpret(dtype, [64, K_MAIN], tile)
+    b_q_rest = q_rest_buffer.index(HALF)._reinterpret(dtype, [64, rest], tile)
+    i_stage, parity, q_parity = 0, 0, 0
+    for i_work in range(gl.program_id(0), total, gl.num_programs(0)):
+        i_tile, i_batch, i_head, _i_kv, first, span = locate(i_work, where)
+        masked, steps = count_steps(span, BLOCK_N)
+        last = gl.minimum(first + 128, T)
+        if tile_stop is not None:
+            last = gl.load(tile_stop + i_tile)
+        o_query = first + HALF * 64 + gl.arange(0, 64, row)
+        o_bounds = i_batch * stride_bounds + o_query
+        b_lower = gl.load(lower + o_bounds, mask=o_query < last, other=0)
+        b_upper = gl.load(upper + o_bounds, mask=o_query < last, other=0)
+        running_max = gl.full([64], float("-inf"), gl.float32, row)
+        running_sum = gl.zeros([64], gl.float32, row)
+        accumulator = gl.zeros([64, V_MAIN], gl.float32, by_value)
+        mbarrier.wait(q_ready.index(0), q_parity)
+        q_parity ^= 1
+        if steps > 0:
+            mbarrier.wait(k_ready.index(i_stage), parity)
+            b_s = _scores(b_q, b_q_rest, k_buffer, k_rest_buffer, i_stage, K_MAIN, K_REST, BLOCK_N)
+            b_s = warpgroup_mma_wait(0, deps=(b_s,))
+            mbarrier.arrive(k_ready.index(STAGES + i_stage), count=1)
+            i_key, nominal, _end = tile_of_step(0, span, BLOCK_N)
+            b_p, running_max, running_sum, decay = _soften(
+                b_s, running_max, running_sum, b_lower, b_upper, i_key, nominal, scale_log2,
+                True, BLOCK_N,
+            )  # fmt: skip
+            b_p = gl.convert_layout(b_p.to(dtype), operand)
+            for phase in gl.static_range(2):
+                step_start = 1 if phase == 0 else gl.maximum(masked, 1)
+                for i_step in range(step_start, masked if phase == 0 else steps):
+                    i_before, parity_before = i_stage, parity
+                    i_stage, parity = next_stage(i_stage, parity, STAGES)
+                    mbarrier.wait(k_ready.index(i_stage), parity)
+                    b_s = _scores(
+                        b_q, b_q_rest, k_buffer, k_rest_buffer, i_stage, K_MAIN, K_REST, BLOCK_N
+                    )
+                    mbarrier.wait(v_ready.index(i_before), parity_before)
+                    b_v = v_buffer.index(i_before)._reinterpret(dtype, [BLOCK_N, V_MAIN], tile)
+                    accumulator = warpgroup_mma(b_p, b_v, accumulator, is_async=True)
+                    b_s = warpgroup_mma_wait(1, deps=(b_s,))
+                    mbarrier.arrive(k_ready.index(STAGES + i_stage), count=1)
+                    i_key, nominal, _end = tile_of_step(i_step, span, BLOCK_N)
+                    b_next, running_max, running_sum, decay = _soften(
+                        b_s, running_max, running_sum, b_lower, b_upper, i_key, nominal, scale_log2,
+                        phase == 0, BLOCK_N,
+                    )  # fmt: skip
+                    b_next = gl.convert_layout(b_next.to(dtype), operand)
+                    # Long since passed; but it keeps ptxas from taking the exponentials after the
+                    # product that they are to overlap.
+                    mbarrier.wait(q_ready.index(0), q_parity ^ 1)
+                    accumulator, b_p = warpgroup_mma_wait(0, deps=(accumulator, b_next))
+                    mbarrier.arrive(v_ready.index(STAGES + i_before), count=1)
+                    accumulator *= gl.convert_layout(decay, out_row)[:, None]
+            mbarrier.arrive(q_ready.index(1), count=1)
+            mbarrier.wait(v_ready.index(i_stage), parity)
+            b_v = v_buffer.index(i_stage)._reinterpret(dtype, [BLOCK_N, V_MAIN], tile)
+            if tile_stop is not None:  # noqa: SIM102 (one is known when the kernel is compiled)
+                if span[3] - span[0] < BLOCK_N:
+                    clean_rows(b_v, span[0] - (span[3] - BLOCK_N))
+            accumulator = warpgroup_mma(b_p, b_v, accumulator, is_async=True)
+            accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
+            mbarrier.arrive(v_ready.index(STAGES + i_stage), count=1)
+            i_stage, parity = next_stage(i_stage, parity, STAGES)
+        else:
+            mbarrier.arrive(q_ready.index(1), count=1)
+
+        m_empty = running_sum == 0.0
+        running_sum = gl.where(m_empty, 1.0, running_sum)
+        b_lse = (running_max + gl.log2(running_sum)) * 0.6931471805599453
+        b_lse = gl.where(m_empty, float("-inf"), b_lse)
+        o_row = (i_batch.to(gl.int64) * T + o_query) * H + i_head
+        gl.store(lse + o_row, b_lse, mask=o_query < last)
+        accumulator /= gl.convert_layout(running_sum, out_row)[:, None]
+        lanes: gl.constexpr = gl.BlockedLayout([1, 8], [256 // V_MAIN, V_MAIN // 8], [4, 1], [1, 0])
+        b_out = gl.convert_layout(accumulator.to(dtype), lanes)
+        o_query = first + HALF * 64 + gl.arange(0, 64, gl.SliceLayout(1, lanes))
+        o_row = ((i_batch.to(gl.int64) * T + o_query) * H + i_head) * V_MAIN
+        o_column = gl.arange(0, V_MAIN, gl.SliceLayout(0, lanes))
+        p_out = out + o_row[:, None] + o_column[None, :]
+        gl.store(p_out, b_out, mask=(o_query < last)[:, None])
