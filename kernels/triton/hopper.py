@@ -21,8 +21,14 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 TILE = gl.NVMMASharedLayout(128, 16, rank=4)
-QUERIES = 128
-"""Queries of a program's tile, half of them each warpgroup's."""
+
+
+def queries_and_heads(q: Tensor, kv_heads: int) -> tuple[int, int]:
+    """A tile of 128 rows: 64 queries of two heads that share their keys, or 128 of one head.
+
+    Two heads see the same keys: fewer are loaded and masked for nothing.
+    """
+    return (64, 2) if q.shape[2] // kv_heads % 2 == 0 else (128, 1)
 
 
 def describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor | None:
@@ -45,17 +51,17 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @gluon.jit
-def locate(i_work, where):
-    """Batch, head, key head and first query of a tile, and the four ends of its keys' spans.
+def locate(i_work, where, HEADS: gl.constexpr):
+    """Batch, first head, key head and first query of a tile, and the ends of its keys' spans.
 
     Late tiles come first: where attention is causal they have the most to do.
     """
     tile_first, spans, stride_spans, _, H, G, tiles, total = where
     columns = total // tiles
     i_tile = tiles - 1 - i_work // columns
-    i_batch = i_work % columns // H
-    i_head = i_work % columns % H
-    first = i_tile * 128
+    i_batch = i_work % columns // (H // HEADS)
+    i_head = i_work % columns % (H // HEADS) * HEADS
+    first = i_tile * (128 // HEADS)
     if tile_first is not None:
         first = gl.load(tile_first + i_tile)
     p_span = spans + i_batch.to(gl.int64) * stride_spans + i_tile * 4

@@ -20,13 +20,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from nsa_port.kernels.tables import Values
 from nsa_port.kernels.triton.bounds import Tiles, cut_tiles, key_ranges
 from nsa_port.kernels.triton.hopper import (
-    QUERIES,
     clean_rows,
     count_steps,
     describe,
     locate,
     multiprocessors,
     next_stage,
+    queries_and_heads,
     tile_of_step,
 )
 from nsa_port.kernels.triton.host import LOG2_E, split_head, strides
@@ -42,12 +42,13 @@ def query_gradients(problem: Problem, dq: Tensor, add_dq: bool, values: Values) 
     B, T, H, Dk = q.shape
     key, value = split_head(Dk), split_head(v.shape[3])
     block_n = values["BLOCK_N"]
-    tiles = cut_tiles(T, QUERIES, layout.cu_seqlens)
-    total = tiles.count * B * H
+    queries, heads = queries_and_heads(q, v.shape[2])
+    tiles = cut_tiles(T, queries, layout.cu_seqlens)
+    total = tiles.count * B * (H // heads)
     _hopper_dq_kernel[(min(total, multiprocessors(q.device)),)](
-        describe(q, QUERIES // 2, key.main),
-        describe(q, QUERIES // 2, key.rest),
-        describe(rows.grad_out, QUERIES // 2, value.main),
+        describe(q, 64, key.main),
+        describe(q, 64, key.rest),
+        describe(rows.grad_out, 64, value.main),
         describe(k, block_n, key.main),
         describe(k, block_n, key.rest),
         describe(v, block_n, value.main),
@@ -58,7 +59,7 @@ def query_gradients(problem: Problem, dq: Tensor, add_dq: bool, values: Values) 
         tiles.stop,
         bounds.lower,
         bounds.upper,
-        key_ranges(bounds, tiles, QUERIES, block_n),
+        key_ranges(bounds, tiles, queries, block_n),
         dq,
         scale * LOG2_E,
         scale,
@@ -75,6 +76,8 @@ def query_gradients(problem: Problem, dq: Tensor, add_dq: bool, values: Values) 
         V_MAIN=value.main,
         BLOCK_N=block_n,
         STAGES=values["num_stages"],
+        ROW_STAGES=values["row_stages"],
+        HEADS=heads,
         num_warps=values["num_warps"],
     )
 
@@ -465,26 +468,29 @@ def _hopper_dq_kernel(
     V_MAIN: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    ROW_STAGES: gl.constexpr,
+    HEADS: gl.constexpr,
 ):
     """One program of as many as the device has multiprocessors: every so manieth tile."""
     dtype: gl.constexpr = dq.dtype.element_ty
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=4)
     rest: gl.constexpr = K_REST if K_REST else K_MAIN
-    q_buffer = gl.allocate_shared_memory(dtype, [2, 1, 64, 1, K_MAIN], tile)
-    grad_buffer = gl.allocate_shared_memory(dtype, [2, 1, 64, 1, V_MAIN], tile)
+    q_buffer = gl.allocate_shared_memory(dtype, [2 * ROW_STAGES, 1, 64, 1, K_MAIN], tile)
+    grad_buffer = gl.allocate_shared_memory(dtype, [2 * ROW_STAGES, 1, 64, 1, V_MAIN], tile)
     k_buffer = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, K_MAIN], tile)
     v_buffer = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, V_MAIN], tile)
     q_rest_buffer, k_rest_buffer = q_buffer, k_buffer
     q_tiles, k_tiles = (q_main, q_main), (k_main, k_main)
     if K_REST:
-        q_rest_buffer = gl.allocate_shared_memory(dtype, [2, 1, 64, 1, rest], tile)
+        q_rest_buffer = gl.allocate_shared_memory(dtype, [2 * ROW_STAGES, 1, 64, 1, rest], tile)
         k_rest_buffer = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, rest], tile)
         q_tiles, k_tiles = (q_main, q_rest), (k_main, k_rest)
     counter: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    row_ready = gl.allocate_shared_memory(gl.int64, [2, 1], counter)
+    row_ready = gl.allocate_shared_memory(gl.int64, [2 * ROW_STAGES, 1], counter)
     key_ready = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], counter)
-    mbarrier.init(row_ready.index(0), count=1)
-    mbarrier.init(row_ready.index(1), count=2)
+    for i_stage in gl.static_range(ROW_STAGES):
+        mbarrier.init(row_ready.index(i_stage), count=1)
+        mbarrier.init(row_ready.index(ROW_STAGES + i_stage), count=2)
     for i_stage in gl.static_range(STAGES):
         mbarrier.init(key_ready.index(i_stage), count=1)
         mbarrier.init(key_ready.index(STAGES + i_stage), count=2)
@@ -500,17 +506,17 @@ def _hopper_dq_kernel(
             (
                 _consume_dq,
                 (buffers, ready, where, rows, results,
-                 0, ADD_DQ, K_MAIN, K_REST, V_MAIN, BLOCK_N, STAGES),
+                 0, ADD_DQ, K_MAIN, K_REST, V_MAIN, BLOCK_N, STAGES, ROW_STAGES, HEADS),
             ),
             (
                 _consume_dq,
                 (buffers, ready, where, rows, results,
-                 1, ADD_DQ, K_MAIN, K_REST, V_MAIN, BLOCK_N, STAGES),
+                 1, ADD_DQ, K_MAIN, K_REST, V_MAIN, BLOCK_N, STAGES, ROW_STAGES, HEADS),
             ),
             (
                 _fetch_keys,
                 (q_tiles, grad_main, k_tiles, v_main, buffers, ready, where,
-                 K_MAIN, K_REST, V_MAIN, BLOCK_N, STAGES),
+                 K_MAIN, K_REST, V_MAIN, BLOCK_N, STAGES, ROW_STAGES, HEADS),
             ),
         ],
         [4, 1],
@@ -523,28 +529,31 @@ def _fetch_keys(
     q_tiles, grad_main, k_tiles, v_main, buffers, ready, where,
     K_MAIN: gl.constexpr, K_REST: gl.constexpr, V_MAIN: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    ROW_STAGES: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
     """The fetching warp of `dq`: fill every buffer as soon as it is free."""
     q_buffer, q_rest_buffer, grad_buffer, k_buffer, k_rest_buffer, v_buffer = buffers
     row_ready, key_ready = ready
     total = where[7]
-    i_stage, parity, row_parity = 0, 1, 1
+    i_stage, parity, i_rows, row_parity = 0, 1, 0, 1
     for i_work in range(gl.program_id(0), total, gl.num_programs(0)):
-        _i_tile, i_batch, i_head, i_kv, first, span = locate(i_work, where)
+        _i_tile, i_batch, i_head, i_kv, first, span = locate(i_work, where, HEADS)
         _masked, steps = count_steps(span, BLOCK_N)
-        mbarrier.wait(row_ready.index(1), row_parity)
-        row_parity ^= 1
-        filled = row_ready.index(0)
+        mbarrier.wait(row_ready.index(ROW_STAGES + i_rows), row_parity)
+        filled = row_ready.index(i_rows)
         mbarrier.expect(filled, 2 * 128 * (K_MAIN + K_REST + V_MAIN))
         for half in gl.static_range(2):
-            o_tile = [i_batch, first + half * 64, i_head, 0]
-            tma.async_copy_global_to_shared(q_tiles[0], o_tile, filled, q_buffer.index(half))
-            tma.async_copy_global_to_shared(grad_main, o_tile, filled, grad_buffer.index(half))
+            i_row = first + half * 64 if HEADS == 1 else first
+            i_member = i_head if HEADS == 1 else i_head + half
+            o_tile, i_buffer = [i_batch, i_row, i_member, 0], 2 * i_rows + half
+            tma.async_copy_global_to_shared(q_tiles[0], o_tile, filled, q_buffer.index(i_buffer))
+            tma.async_copy_global_to_shared(grad_main, o_tile, filled, grad_buffer.index(i_buffer))
             if K_REST:
+                o_tile = [i_batch, i_row, i_member, K_MAIN]
                 tma.async_copy_global_to_shared(
-                    q_tiles[1], [i_batch, first + half * 64, i_head, K_MAIN], filled,
-                    q_rest_buffer.index(half),
-                )  # fmt: skip
+                    q_tiles[1], o_tile, filled, q_rest_buffer.index(i_buffer)
+                )
+        i_rows, row_parity = next_stage(i_rows, row_parity, ROW_STAGES)
         for i_step in range(steps):
             i_key, _nominal, _end = tile_of_step(i_step, span, BLOCK_N)
             filled = key_ready.index(i_stage)
@@ -567,6 +576,7 @@ def _consume_dq(
     HALF: gl.constexpr, ADD_DQ: gl.constexpr,
     K_MAIN: gl.constexpr, K_REST: gl.constexpr, V_MAIN: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    ROW_STAGES: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
     """A multiplying warpgroup of `dq`: its 64 queries of every tile."""
     q_buffer, q_rest_buffer, grad_buffer, k_buffer, k_rest_buffer, v_buffer = buffers
@@ -581,18 +591,18 @@ def _consume_dq(
     by_dim: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K_MAIN, 16])
     by_rest: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, rest, 16])
     row: gl.constexpr = gl.SliceLayout(1, by_key)
-    b_q = q_buffer.index(HALF)._reinterpret(dtype, [64, K_MAIN], tile)
-    b_q_rest = q_rest_buffer.index(HALF)._reinterpret(dtype, [64, rest], tile)
-    b_grad = grad_buffer.index(HALF)._reinterpret(dtype, [64, V_MAIN], tile)
+    OFFSET: gl.constexpr = HALF * 64 if HEADS == 1 else 0
     zeros = gl.zeros([64, BLOCK_N], gl.float32, by_key)
-    i_stage, parity, row_parity = 0, 0, 0
+    i_stage, parity, i_rows, row_parity = 0, 0, 0, 0
     for i_work in range(gl.program_id(0), total, gl.num_programs(0)):
-        i_tile, i_batch, i_head, _i_kv, first, span = locate(i_work, where)
+        i_tile, i_batch, i_head, _i_kv, first, span = locate(i_work, where, HEADS)
         masked, steps = count_steps(span, BLOCK_N)
-        last = gl.minimum(first + 128, T)
+        if HEADS == 2:
+            i_head += HALF
+        last = gl.minimum(first + 128 // HEADS, T)
         if tile_stop is not None:
             last = gl.load(tile_stop + i_tile)
-        o_query = first + HALF * 64 + gl.arange(0, 64, row)
+        o_query = first + OFFSET + gl.arange(0, 64, row)
         m_row = o_query < last
         b_lower = gl.load(lower + i_batch * stride_bounds + o_query, mask=m_row, other=0)
         b_upper = gl.load(upper + i_batch * stride_bounds + o_query, mask=m_row, other=0)
@@ -604,8 +614,11 @@ def _consume_dq(
             b_gate = gl.load(gate + o_stats, mask=m_row, other=0.0)
         b_dq = gl.zeros([64, K_MAIN], gl.float32, by_dim)
         b_dq_rest = gl.zeros([64, rest], gl.float32, by_rest)
-        mbarrier.wait(row_ready.index(0), row_parity)
-        row_parity ^= 1
+        i_buffer = 2 * i_rows + HALF
+        b_q = q_buffer.index(i_buffer)._reinterpret(dtype, [64, K_MAIN], tile)
+        b_q_rest = q_rest_buffer.index(i_buffer)._reinterpret(dtype, [64, rest], tile)
+        b_grad = grad_buffer.index(i_buffer)._reinterpret(dtype, [64, V_MAIN], tile)
+        mbarrier.wait(row_ready.index(i_rows), row_parity)
         for phase in gl.static_range(2):
             for i_step in range(0 if phase == 0 else masked, masked if phase == 0 else steps):
                 mbarrier.wait(key_ready.index(i_stage), parity)
@@ -648,10 +661,11 @@ def _consume_dq(
                     b_dq = warpgroup_mma_wait(0, deps=(b_dq,))
                 mbarrier.arrive(key_ready.index(STAGES + i_stage), count=1)
                 i_stage, parity = next_stage(i_stage, parity, STAGES)
-        mbarrier.arrive(row_ready.index(1), count=1)
-        o_out = ((i_batch.to(gl.int64) * T + first + HALF * 64) * H + i_head) * (K_MAIN + K_REST)
+        mbarrier.arrive(row_ready.index(ROW_STAGES + i_rows), count=1)
+        i_rows, row_parity = next_stage(i_rows, row_parity, ROW_STAGES)
+        o_out = ((i_batch.to(gl.int64) * T + first + OFFSET) * H + i_head) * (K_MAIN + K_REST)
         m_seeing = b_lower < b_upper
-        count = last - first - HALF * 64
+        count = last - first - OFFSET
         stride = H * (K_MAIN + K_REST)
         _store_dq(dq + o_out, b_dq * scale, m_seeing, count, stride, ADD_DQ)
         if K_REST:

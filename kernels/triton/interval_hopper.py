@@ -21,13 +21,13 @@ from nsa_port.kernels.geometry import Layout
 from nsa_port.kernels.tables import Values
 from nsa_port.kernels.triton.bounds import QueryBounds, cut_tiles, key_ranges
 from nsa_port.kernels.triton.hopper import (
-    QUERIES,
     clean_rows,
     count_steps,
     describe,
     locate,
     multiprocessors,
     next_stage,
+    queries_and_heads,
     tile_of_step,
 )
 from nsa_port.kernels.triton.host import LOG2_E, split_head
@@ -48,11 +48,12 @@ def attend(
     B, T, H, Dk = q.shape
     key, value = split_head(Dk), split_head(v.shape[3])
     block_n = values["BLOCK_N"]
-    tiles = cut_tiles(T, QUERIES, layout.cu_seqlens)
-    total = tiles.count * B * H
+    queries, heads = queries_and_heads(q, v.shape[2])
+    tiles = cut_tiles(T, queries, layout.cu_seqlens)
+    total = tiles.count * B * (H // heads)
     _hopper_forward_kernel[(min(total, multiprocessors(q.device)),)](
-        describe(q, QUERIES // 2, key.main),
-        describe(q, QUERIES // 2, key.rest),
+        describe(q, 64, key.main),
+        describe(q, 64, key.rest),
         describe(k, block_n, key.main),
         describe(k, block_n, key.rest),
         describe(v, block_n, value.main),
@@ -60,7 +61,7 @@ def attend(
         tiles.stop,
         bounds.lower,
         bounds.upper,
-        key_ranges(bounds, tiles, QUERIES, block_n),
+        key_ranges(bounds, tiles, queries, block_n),
         out,
         lse,
         scale * LOG2_E,
@@ -76,6 +77,8 @@ def attend(
         V_MAIN=value.main,
         BLOCK_N=block_n,
         STAGES=values["num_stages"],
+        ROW_STAGES=values["row_stages"],
+        HEADS=heads,
         num_warps=values["num_warps"],
     )
 
@@ -110,27 +113,30 @@ def _hopper_forward_kernel(
     V_MAIN: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    ROW_STAGES: gl.constexpr,
+    HEADS: gl.constexpr,
 ):
     """One program of as many as the device has multiprocessors: every so manieth tile."""
     dtype: gl.constexpr = out.dtype.element_ty
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=4)
     rest: gl.constexpr = K_REST if K_REST else K_MAIN
-    q_buffer = gl.allocate_shared_memory(dtype, [2, 1, 64, 1, K_MAIN], tile)
+    q_buffer = gl.allocate_shared_memory(dtype, [2 * ROW_STAGES, 1, 64, 1, K_MAIN], tile)
     k_buffer = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, K_MAIN], tile)
     v_buffer = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, V_MAIN], tile)
     q_rest_buffer, k_rest_buffer = q_buffer, k_buffer
     q_tiles, k_tiles = (q_main, q_main), (k_main, k_main)
     if K_REST:
-        q_rest_buffer = gl.allocate_shared_memory(dtype, [2, 1, 64, 1, rest], tile)
+        q_rest_buffer = gl.allocate_shared_memory(dtype, [2 * ROW_STAGES, 1, 64, 1, rest], tile)
         k_rest_buffer = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, rest], tile)
         q_tiles, k_tiles = (q_main, q_rest), (k_main, k_rest)
     counter: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    q_ready = gl.allocate_shared_memory(gl.int64, [2, 1], counter)
+    q_ready = gl.allocate_shared_memory(gl.int64, [2 * ROW_STAGES, 1], counter)
     k_ready = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], counter)
     v_ready = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], counter)
-    # A buffer's first barrier says that it is filled, the second that both warpgroups are done.
-    mbarrier.init(q_ready.index(0), count=1)
-    mbarrier.init(q_ready.index(1), count=2)
+    # The first barriers say that buffers are filled, those behind that both warpgroups are done.
+    for i_stage in gl.static_range(ROW_STAGES):
+        mbarrier.init(q_ready.index(i_stage), count=1)
+        mbarrier.init(q_ready.index(ROW_STAGES + i_stage), count=2)
     for i_stage in gl.static_range(STAGES):
         mbarrier.init(k_ready.index(i_stage), count=1)
         mbarrier.init(v_ready.index(i_stage), count=1)
@@ -147,17 +153,17 @@ def _hopper_forward_kernel(
             (
                 _consume,
                 (buffers, ready, where, results, scale_log2,
-                 0, K_MAIN, K_REST, V_MAIN, BLOCK_N, STAGES),
+                 0, K_MAIN, K_REST, V_MAIN, BLOCK_N, STAGES, ROW_STAGES, HEADS),
             ),
             (
                 _consume,
                 (buffers, ready, where, results, scale_log2,
-                 1, K_MAIN, K_REST, V_MAIN, BLOCK_N, STAGES),
+                 1, K_MAIN, K_REST, V_MAIN, BLOCK_N, STAGES, ROW_STAGES, HEADS),
             ),
             (
                 _fetch,
                 (q_tiles, k_tiles, v_main, buffers, ready, where,
-                 K_MAIN, K_REST, V_MAIN, BLOCK_N, STAGES),
+                 K_MAIN, K_REST, V_MAIN, BLOCK_N, STAGES, ROW_STAGES, HEADS),
             ),
         ],
         [4, 1],
@@ -170,28 +176,30 @@ def _fetch(
     q_tiles, k_tiles, v_main, buffers, ready, where,
     K_MAIN: gl.constexpr, K_REST: gl.constexpr, V_MAIN: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    ROW_STAGES: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
     """The fetching warp: fill every buffer as soon as it is free."""
     q_buffer, q_rest_buffer, k_buffer, k_rest_buffer, v_buffer = buffers
     q_ready, k_ready, v_ready = ready
     total = where[7]
-    i_stage, parity, q_parity = 0, 1, 1
+    i_stage, parity, i_rows, q_parity = 0, 1, 0, 1
     for i_work in range(gl.program_id(0), total, gl.num_programs(0)):
-        _i_tile, i_batch, i_head, i_kv, first, span = locate(i_work, where)
+        _i_tile, i_batch, i_head, i_kv, first, span = locate(i_work, where, HEADS)
         _masked, steps = count_steps(span, BLOCK_N)
-        mbarrier.wait(q_ready.index(1), q_parity)
-        q_parity ^= 1
-        filled = q_ready.index(0)
+        mbarrier.wait(q_ready.index(ROW_STAGES + i_rows), q_parity)
+        filled = q_ready.index(i_rows)
         mbarrier.expect(filled, 2 * 128 * (K_MAIN + K_REST))
         for half in gl.static_range(2):
-            o_q = first + half * 64
-            tma.async_copy_global_to_shared(
-                q_tiles[0], [i_batch, o_q, i_head, 0], filled, q_buffer.index(half)
-            )
+            i_row = first + half * 64 if HEADS == 1 else first
+            i_member = i_head if HEADS == 1 else i_head + half
+            o_tile, i_buffer = [i_batch, i_row, i_member, 0], 2 * i_rows + half
+            tma.async_copy_global_to_shared(q_tiles[0], o_tile, filled, q_buffer.index(i_buffer))
             if K_REST:
+                o_tile = [i_batch, i_row, i_member, K_MAIN]
                 tma.async_copy_global_to_shared(
-                    q_tiles[1], [i_batch, o_q, i_head, K_MAIN], filled, q_rest_buffer.index(half)
+                    q_tiles[1], o_tile, filled, q_rest_buffer.index(i_buffer)
                 )
+        i_rows, q_parity = next_stage(i_rows, q_parity, ROW_STAGES)
         for i_step in range(steps):
             i_key, _nominal, _end = tile_of_step(i_step, span, BLOCK_N)
             filled = k_ready.index(i_stage)
@@ -259,6 +267,7 @@ def _consume(
     buffers, ready, where, results, scale_log2,
     HALF: gl.constexpr, K_MAIN: gl.constexpr, K_REST: gl.constexpr, V_MAIN: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    ROW_STAGES: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
     """A multiplying warpgroup: its 64 queries of every tile."""
     q_buffer, q_rest_buffer, k_buffer, k_rest_buffer, v_buffer = buffers
@@ -273,24 +282,26 @@ def _consume(
     operand: gl.constexpr = gl.DotOperandLayout(0, by_value, 2)
     row: gl.constexpr = gl.SliceLayout(1, by_key)
     out_row: gl.constexpr = gl.SliceLayout(1, by_value)
-    b_q = q_buffer.index(HALF)._reinterpret(dtype, [64, K_MAIN], tile)
-    b_q_rest = q_rest_buffer.index(HALF)._reinterpret(dtype, [64, rest], tile)
-    i_stage, parity, q_parity = 0, 0, 0
+    OFFSET: gl.constexpr = HALF * 64 if HEADS == 1 else 0
+    i_stage, parity, i_rows, q_parity = 0, 0, 0, 0
     for i_work in range(gl.program_id(0), total, gl.num_programs(0)):
-        i_tile, i_batch, i_head, _i_kv, first, span = locate(i_work, where)
+        i_tile, i_batch, i_head, _i_kv, first, span = locate(i_work, where, HEADS)
         masked, steps = count_steps(span, BLOCK_N)
-        last = gl.minimum(first + 128, T)
+        if HEADS == 2:
+            i_head += HALF
+        last = gl.minimum(first + 128 // HEADS, T)
         if tile_stop is not None:
             last = gl.load(tile_stop + i_tile)
-        o_query = first + HALF * 64 + gl.arange(0, 64, row)
+        o_query = first + OFFSET + gl.arange(0, 64, row)
         o_bounds = i_batch * stride_bounds + o_query
         b_lower = gl.load(lower + o_bounds, mask=o_query < last, other=0)
         b_upper = gl.load(upper + o_bounds, mask=o_query < last, other=0)
         running_max = gl.full([64], float("-inf"), gl.float32, row)
         running_sum = gl.zeros([64], gl.float32, row)
         accumulator = gl.zeros([64, V_MAIN], gl.float32, by_value)
-        mbarrier.wait(q_ready.index(0), q_parity)
-        q_parity ^= 1
+        b_q = q_buffer.index(2 * i_rows + HALF)._reinterpret(dtype, [64, K_MAIN], tile)
+        b_q_rest = q_rest_buffer.index(2 * i_rows + HALF)._reinterpret(dtype, [64, rest], tile)
+        mbarrier.wait(q_ready.index(i_rows), q_parity)
         if steps > 0:
             mbarrier.wait(k_ready.index(i_stage), parity)
             b_s = _scores(b_q, b_q_rest, k_buffer, k_rest_buffer, i_stage, K_MAIN, K_REST, BLOCK_N)
@@ -324,11 +335,11 @@ def _consume(
                     b_next = gl.convert_layout(b_next.to(dtype), operand)
                     # Long since passed; but it keeps ptxas from taking the exponentials after the
                     # product that they are to overlap.
-                    mbarrier.wait(q_ready.index(0), q_parity ^ 1)
+                    mbarrier.wait(q_ready.index(i_rows), q_parity)
                     accumulator, b_p = warpgroup_mma_wait(0, deps=(accumulator, b_next))
                     mbarrier.arrive(v_ready.index(STAGES + i_before), count=1)
                     accumulator *= gl.convert_layout(decay, out_row)[:, None]
-            mbarrier.arrive(q_ready.index(1), count=1)
+            mbarrier.arrive(q_ready.index(ROW_STAGES + i_rows), count=1)
             mbarrier.wait(v_ready.index(i_stage), parity)
             b_v = v_buffer.index(i_stage)._reinterpret(dtype, [BLOCK_N, V_MAIN], tile)
             if tile_stop is not None:  # noqa: SIM102 (one is known when the kernel is compiled)
@@ -339,7 +350,9 @@ def _consume(
             mbarrier.arrive(v_ready.index(STAGES + i_stage), count=1)
             i_stage, parity = next_stage(i_stage, parity, STAGES)
         else:
-            mbarrier.arrive(q_ready.index(1), count=1)
+            mbarrier.arrive(q_ready.index(ROW_STAGES + i_rows), count=1)
+
+        i_rows, q_parity = next_stage(i_rows, q_parity, ROW_STAGES)
 
         m_empty = running_sum == 0.0
         running_sum = gl.where(m_empty, 1.0, running_sum)
@@ -350,7 +363,7 @@ def _consume(
         accumulator /= gl.convert_layout(running_sum, out_row)[:, None]
         lanes: gl.constexpr = gl.BlockedLayout([1, 8], [256 // V_MAIN, V_MAIN // 8], [4, 1], [1, 0])
         b_out = gl.convert_layout(accumulator.to(dtype), lanes)
-        o_query = first + HALF * 64 + gl.arange(0, 64, gl.SliceLayout(1, lanes))
+        o_query = first + OFFSET + gl.arange(0, 64, gl.SliceLayout(1, lanes))
         o_row = ((i_batch.to(gl.int64) * T + o_query) * H + i_head) * V_MAIN
         o_column = gl.arange(0, V_MAIN, gl.SliceLayout(0, lanes))
         p_out = out + o_row[:, None] + o_column[None, :]
