@@ -521,6 +521,7 @@ def _add_dkdv(
             if PADDED:
                 # Padded rows may hold anything, NaN too.
                 m_row &= b_lower < b_upper
+                b_delta = tl.where(m_row, b_delta, 0.0)
         o_q = o_query.to(tl.int64) * stride_qt
         o_grad = o_query.to(tl.int64) * stride_gt
         p_q_head, p_grad_head = p_q + i_head * stride_qh, p_grad + i_head * stride_gh
