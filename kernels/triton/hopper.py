@@ -106,11 +106,13 @@ def clean_rows(tile, count):
 
     Both warpgroups do so, each for itself: they write the same.
     """
+    rows: gl.constexpr = tile.shape[0]
     width: gl.constexpr = tile.shape[1]
     lanes: gl.constexpr = gl.BlockedLayout([1, 8], [256 // width, width // 8], [4, 1], [1, 0])
-    for i_row in gl.static_range(0, tile.shape[0], 32):
+    for i_row in gl.static_range(0, rows, 32):
         part = tile.slice(i_row, 32)
         o_row = i_row + gl.arange(0, 32, gl.SliceLayout(1, lanes))
-        part.store(gl.where((o_row >= count)[:, None], part.load(lanes), 0.0))
+        b_part = gl.where((o_row >= count)[:, None], part.load(lanes), 0.0)
+        part.store(b_part.to(tile.dtype))
     fence_async_shared()
     gl.thread_barrier()
