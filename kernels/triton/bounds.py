@@ -89,8 +89,10 @@ def _bounds(
     """Bounds of successive kinds, in one launch."""
     positions = layout.positions
     batches = positions.shape[0] if positions is not None and positions.dim() == 2 else 1
-    shape = (len(kinds), 3, batches, num_queries)
-    bounds = torch.empty(shape, dtype=torch.int32, device=device)
+    # Each starts at a multiple of 16 bytes: Triton compiles apart what is aligned and what is not.
+    size = batches * num_queries
+    stride = triton.cdiv(size, 4) * 4
+    bounds = torch.empty((len(kinds), 3, stride), dtype=torch.int32, device=device)
     cu_queries, cu_keys, cu_blocks, sequences = layout.cu_seqlens, layout.cu_seqlens_k, None, 1
     if cu_queries is None or cu_keys is None:
         cu_queries = cu_keys = None
@@ -114,7 +116,7 @@ def _bounds(
             layout.num_keys,
             num_keys,
             num_blocks,
-            batches,
+            stride,
             sequences,
             bits_of(sequences),
             config.block_size,
@@ -122,11 +124,12 @@ def _bounds(
             min(config.window_size, 2**30),
             BLOCK=_BLOCK,
         )
-    return tuple(QueryBounds(*of_kind.unbind(0)) for of_kind in bounds.unbind(0))
+    found = bounds[:, :, :size].unflatten(2, (batches, num_queries))
+    return tuple(QueryBounds(*of_kind.unbind(0)) for of_kind in found.unbind(0))
 
 
 _LENGTHS = [
-    "first_kind", "T", "S", "num_keys", "num_blocks", "batches", "num_sequences", "search_steps",
+    "first_kind", "T", "S", "num_keys", "num_blocks", "stride", "num_sequences", "search_steps",
     "block_size", "block_stride", "window_size",
 ]  # fmt: skip
 
@@ -143,7 +146,7 @@ def _query_bounds_kernel(
     S,
     num_keys,
     num_blocks,
-    batches,
+    stride,
     num_sequences,
     search_steps,
     block_size,
@@ -188,7 +191,7 @@ def _query_bounds_kernel(
     b_lower = tl.maximum(tl.minimum(b_first + b_lower, num_rows), 0)
     b_upper = tl.maximum(tl.minimum(b_first + b_upper, num_rows), b_lower)
     # [kind, lower / upper / sequence, batch, query]
-    stride = batches.to(tl.int64) * T
+    stride = stride.to(tl.int64)
     p_out = bounds + tl.program_id(1) * 3 * stride + i_batch.to(tl.int64) * T + o_query
     tl.store(p_out, b_lower, mask=m_query)
     tl.store(p_out + stride, b_upper, mask=m_query)
