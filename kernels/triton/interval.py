@@ -34,6 +34,9 @@ from nsa_port.kernels.triton.tiles import (
 )
 
 _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+_GLUON = (3, 6)
+"""The Triton that the kernels for Hopper are written for: Gluon is not the same from one to the
+next."""
 
 
 def compressed_attention(
@@ -109,7 +112,7 @@ def hopper_values(kernel: str, q: Tensor, *others: Tensor) -> Values | None:
     accelerator, which wants addresses that are multiples of 16 bytes, and they pay from a number of
     queries on.
     """
-    if arch_of(q) != "sm_90" or _TRITON < (3, 6):
+    if arch_of(q) != "sm_90" or _TRITON != _GLUON:
         return None
     try:
         dims = (q.shape[3], others[-1].shape[3])
@@ -117,11 +120,12 @@ def hopper_values(kernel: str, q: Tensor, *others: Tensor) -> Values | None:
     except ValueError:
         return None
     addressable = all(
-        tensor.data_ptr() % 16 == 0
+        tensor.numel()
+        and tensor.data_ptr() % 16 == 0
         and tensor.stride(3) == 1
         and all(
-            tensor.shape[axis] == 1 or tensor.stride(axis) * tensor.element_size() % 16 == 0
-            for axis in range(3)
+            size == 1 or (stride > 0 and stride * tensor.element_size() % 16 == 0)
+            for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
         )
         for tensor in (q, *others)
     )
