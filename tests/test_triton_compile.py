@@ -88,7 +88,8 @@ def test_every_tuned_entry_fits_its_architecture(
     room = LEAST_SHARED_MEMORY if table == "generic" else SHARED_MEMORY[table]
     assert build.shared <= room, f"{build.shared} bytes of shared memory, {room} available"
     on_hopper = kernel.startswith("hopper")
-    assert build.stack <= on_hopper * A_FEW_SCALARS, f"spills {build.stack} bytes of registers"
+    allowed = A_FEW_SCALARS if on_hopper or row.get("gluon") else 0
+    assert build.stack <= allowed, f"spills {build.stack} bytes of registers"
     assert build.num_warps == row["num_warps"] + on_hopper * WORKERS
     assert not reads_before_writes(build.binary)
     if table == "sm_90" and kernel != "selected_by_query":

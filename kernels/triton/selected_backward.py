@@ -9,6 +9,8 @@ third kernel. No atomics: twice the same input gives twice the same bits.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -113,13 +115,14 @@ def selected_gradients(
             "SEGMENT": segment,
             "BLOCK_N": block_n,
         }
+        kernel, constants = _kernel_for(values, block_n, grad_out, q, v)
         for first in range(0, T, chunk):
             count = min(chunk, T - first)
             lists = block_lists(
                 rows, bounds, S, sequences, config.select_block_size, first, count, segment
             )
             long_ends = _long_segment_ends(lists.counts, segment)
-            _by_block_backward_kernel[(lists.work * parts,)](
+            kernel[(lists.work * parts,)](
                 grad_out,
                 q,
                 k,
@@ -157,9 +160,7 @@ def selected_gradients(
                 *strides(v),
                 G=G,
                 **sizes,
-                **split_arguments(split_head(Dk), split_head(Dv)),
-                BLOCK_M=values["BLOCK_M"],
-                **launch_options(values),
+                **constants,
             )
             _add_segments_kernel[(lists.bins * parts,)](
                 partial_dkdv,
@@ -203,6 +204,22 @@ def selected_gradients(
                 num_warps=4,
             )
     return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _kernel_for(
+    values: dict[str, int], block_n: int, grad_out: Tensor, q: Tensor, v: Tensor
+) -> tuple[Any, dict[str, int]]:
+    """The kernel to run, and the constants that are its own."""
+    if values.get("gluon"):
+        # Not at the top: Gluon is there for Hopper alone.
+        from nsa_port.kernels.triton import selected_backward_hopper as hopper
+
+        if block_n == hopper.BLOCK_N and hopper.takes(grad_out, q, v):
+            return hopper._by_block_backward_kernel, hopper.constants(grad_out, q)
+    dims = split_arguments(split_head(q.shape[-1]), split_head(v.shape[-1]))
+    return _by_block_backward_kernel, {
+        **dims, "BLOCK_M": values["BLOCK_M"], **launch_options(values)
+    }  # fmt: skip
 
 
 def _long_segment_ends(counts: Tensor, segment: int) -> Tensor:
@@ -332,10 +349,10 @@ def _by_block_backward_kernel(
         b_p = tl.where(b_key[:, None] < b_upper[None, :], b_p, 0.0)
         if gate is not None:
             b_p *= tl.load(gate + o_stats, mask=m_row, other=0.0)[None, :]
+        b_dp = dot_split(b_v, b_v_rest, b_grad, b_grad_rest, V_REST)
         b_dv = dot(b_p.to(b_grad.dtype), b_grad, b_dv)
         if V_REST:
             b_dv_rest = dot(b_p.to(b_grad.dtype), b_grad_rest, b_dv_rest)
-        b_dp = dot_split(b_v, b_v_rest, b_grad, b_grad_rest, V_REST)
         b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
         b_dk = dot(b_ds, b_q, b_dk)
         if K_REST:
