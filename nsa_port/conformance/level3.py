@@ -145,7 +145,8 @@ def _odd_lengths(context: Context) -> None:
 
 
 def _head_dimensions(context: Context) -> None:
-    for Dk, Dv in ((16, 48), (64, 32), (40, 24), (8, 128)):
+    dims = ((16, 48), (40, 24), (8, 128), (64, 32))
+    for Dk, Dv in dims[:3] if context.slow else dims:  # each compiles every kernel anew
         with context.under(f"Dk={Dk}, Dv={Dv}"):
             both_ways(Shape(T=100, Dk=Dk, Dv=Dv))(context)
 
