@@ -35,6 +35,10 @@ from nsa_port.kernels.triton.selected import query_chunk
 from nsa_port.kernels.triton.tiles import dot, dot_split, load_rows, store_rows
 
 
+_GLUON = "3.6."
+"""The Triton that the kernel for Hopper is written for: Gluon changes from one to the next."""
+
+
 def selected_attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -100,7 +104,8 @@ def selected_gradients(
         segment = values["segment"]
         block_n = min(values["BLOCK_N"], max(16, triton.next_power_of_2(config.select_block_size)))
         parts = triton.cdiv(config.select_block_size, block_n)
-        chunk = query_chunk(T, B * H * n * parts * Dk * q.element_size())
+        # Half of the forward's room, for there are gradients beside it.
+        chunk = query_chunk(T, 2 * B * H * n * parts * Dk * q.element_size())
         partial_dq = torch.empty((chunk, B, HK, n * parts, G, Dk), dtype=q.dtype, device=q.device)
         # Lists of more than one segment have less than two segments per `segment` entries.
         segments = 2 * (B * chunk * HK * n // segment)
@@ -210,7 +215,7 @@ def _kernel_for(
     values: dict[str, int], block_n: int, grad_out: Tensor, q: Tensor, v: Tensor
 ) -> tuple[Any, dict[str, int]]:
     """The kernel to run, and the constants that are its own."""
-    if values.get("gluon"):
+    if values.get("gluon") and triton.__version__.startswith(_GLUON):
         # Not at the top: Gluon is there for Hopper alone.
         from nsa_port.kernels.triton import selected_backward_hopper as hopper
 
