@@ -34,7 +34,6 @@ from nsa_port.kernels.triton.preparation import backward_rows
 from nsa_port.kernels.triton.selected import query_chunk
 from nsa_port.kernels.triton.tiles import dot, dot_split, load_rows, store_rows
 
-
 _GLUON = "3.6."
 """The Triton that the kernel for Hopper is written for: Gluon changes from one to the next."""
 
