@@ -80,7 +80,8 @@ fi
 if wanted tune; then
   arch=$(python -c "import torch
 from nsa_port import environment
-print(environment.probe(environment.default_device()).arch or 'generic')")
+found = environment.probe(environment.default_device())
+print(found.arch or found.emulate)")
   step tune nsa-port tune --backend rocm --out "$report/tables/$arch.json"
 fi
 if wanted tuned && compgen -G "$report/tables/*.json" >/dev/null; then
@@ -90,8 +91,8 @@ if wanted tuned && compgen -G "$report/tables/*.json" >/dev/null; then
 fi
 if wanted bench; then
   for dtype in bfloat16 float32; do
-    step "bench-$dtype" nsa-port bench --backend rocm --dtype "$dtype" --lengths 4096,16384,65536 \
-      --decode --out "$report/bench-$dtype.json"
+    step "bench-$dtype" nsa-port bench --backend rocm --dtype "$dtype" --shapes A1 A2 \
+      --lengths 4096 16384 65536 --decode --out "$report/bench-$dtype.json"
   done
 fi
 
