@@ -113,7 +113,8 @@ KERNELS: dict[str, Kernel] = {
     "selected_backward": Kernel(
         "_by_block_backward_kernel",
         ("selected_backward",),
-        {"BLOCK_M": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)},
+        # In Gluon, where the table has it so, the kernel sets its tiles itself: one candidate.
+        {"BLOCK_M": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3), "gluon": (0,)},
         {"BLOCK_M": (32, 64), "num_warps": (4, 8)} | _AMD,
     ),
 }  # fmt: skip
