@@ -35,7 +35,7 @@ _MAY_BE_ZERO = (
     "fewest_queries", "gluon", "largest_group", "matrix_instr_nonkdim", "most_heads",
     "waves_per_eu",
 )  # fmt: skip
-_POWERS = ("num_warps",)
+_POWERS = ("num_warps", "OWN_N")
 
 Values = dict[str, int]
 Entry = dict[str, Any]

@@ -21,7 +21,7 @@ from nsa_port.kernels.triton.tiles import split_row
 _PARTS = 512
 """At most so many parts: with them the counts take memory linear in the length."""
 
-_PART_QUERIES = 64
+_PART_QUERIES = 16
 """A part is no smaller, so that short inputs are not all overhead."""
 
 _ROWS = 16
@@ -160,13 +160,39 @@ def block_lists(
     _scan_kernel[(triton.cdiv(bins, _SCAN_BINS),)](
         offsets, counts, parts, bins, PARTS=_SCAN_PARTS, BINS=_SCAN_BINS, num_warps=4
     )
-    starts = counts.cumsum(0, dtype=torch.int32) - counts
+    starts, segment_ends = torch.empty_like(counts), torch.empty_like(counts)
+    work = bins + entries.shape[0] // segment
+    work_bins = torch.empty(work, dtype=torch.int32, device=device)
+    _segments_kernel[(1,)](
+        counts, starts, segment_ends, work_bins, bins, work, SEGMENT=segment, BINS=1024, num_warps=8
+    )
     _fill_kernel[grid](*common, starts, entries, SLOTS=slots, num_warps=1)
-    segments = (counts + (segment - 1)).div(segment, rounding_mode="floor")
-    segment_ends = segments.cumsum(0, dtype=torch.int32)
-    work = torch.arange(bins + entries.shape[0] // segment, dtype=torch.int32, device=device)
-    work_bins = torch.searchsorted(segment_ends, work, right=True, out_int32=True)
     return BlockLists(entries, starts, counts, segment_ends, work_bins, blocks, segment)
+
+
+@triton.jit(do_not_specialize=["bins", "work"])
+def _segments_kernel(
+    counts, starts, segment_ends, work_bins, bins, work, SEGMENT: tl.constexpr, BINS: tl.constexpr
+):
+    """The one program: where each bin's list starts, and which work items are its segments."""
+    entries, segments = 0, 0
+    for i_bin in range(0, bins, BINS):
+        o_bin = i_bin + tl.arange(0, BINS)
+        m_bin = o_bin < bins
+        b_count = tl.load(counts + o_bin, mask=m_bin, other=0)
+        tl.store(starts + o_bin, entries + tl.cumsum(b_count, 0) - b_count, mask=m_bin)
+        b_segments = (b_count + SEGMENT - 1) // SEGMENT
+        b_end = segments + tl.cumsum(b_segments, 0)
+        tl.store(segment_ends + o_bin, b_end, mask=m_bin)
+        for i_segment in range(tl.max(b_segments, 0)):
+            p_work = work_bins + b_end - b_segments + i_segment
+            tl.store(p_work, o_bin, mask=i_segment < b_segments)
+        entries += tl.sum(b_count, 0)
+        segments += tl.sum(b_segments, 0)
+    for i_work in range(segments, work, BINS):
+        o_work = i_work + tl.arange(0, BINS)
+        b_none = tl.zeros([BINS], tl.int32) + bins
+        tl.store(work_bins + o_work, b_none, mask=o_work < work)
 
 
 _NOT_SPECIALIZED = [

@@ -24,13 +24,19 @@ from nsa_port.kernels.triton.host import (
     tuned,
 )
 from nsa_port.kernels.triton.tiles import LOG2_E as LOG2_E_DEVICE
-from nsa_port.kernels.triton.tiles import dot_split, load_rows
+from nsa_port.kernels.triton.tiles import dot_split, load_rows, split_row
 
 _SCORE_BYTES = 2**28
 """Room for the scores of the queries that are worked on at a time."""
 
-_TOP_BLOCKS = (256, 1024, 4096)
+_TOP_BLOCKS = (128, 256, 512, 1024, 4096)
 """Blocks a top-n program holds in registers; beyond the last it reads them again at each step."""
+
+_ALIGNED = 4
+"""A row of scores has a multiple of so many columns, so that they are loaded four at a time."""
+
+FORCED = tl.constexpr(0x7F800000)
+"""The rank of a forced block: infinity's."""
 
 
 def select_blocks(
@@ -65,21 +71,30 @@ def blocks_of(
     tuned_scores = tuned(arch_of(q), "block_scores", q.element_size(), Dk)
     block_m, block_n = tuned_scores["BLOCK_M"], tuned_scores["BLOCK_N"]
     tiles = cut_tiles(T, block_m, layout.cu_seqlens)
+    blocks = max(1, config.num_select_blocks(layout.num_keys))
+    # Where all blocks fit, all candidates are chosen: nothing is scored and every score reads as 0.
+    scored = C > 0 and blocks > n
 
     per_select = config.select_block_size // config.block_stride
     per_compressed = config.block_size // config.block_stride
     folded = config.score_map == "overlap" and block_n % per_select == 0 and _is_power(per_select)
-    blocks = max(1, config.num_select_blocks(layout.num_keys))
-    columns = 2 * blocks if folded else max(1, min(C, config.num_compressed(layout.num_keys)))
-    row_bytes = 4 * B * HK * columns
-    chunk = max(1, min(tiles.count, _SCORE_BYTES // (row_bytes * block_m)))
-    scores = torch.empty((chunk * block_m, B, HK, columns), dtype=torch.float32, device=q.device)
-    key_tiles = triton.cdiv(min(C, max(1, config.num_compressed(layout.num_keys))), block_n)
-    top_block = next((size for size in _TOP_BLOCKS if blocks <= size), _TOP_BLOCKS[-1])
-    top_rows = max(1, 1024 // top_block)
+    num_compressed = max(1, min(C, config.num_compressed(layout.num_keys)))
+    columns = triton.cdiv(blocks if folded else num_compressed, _ALIGNED) * _ALIGNED
+    columns *= 2 if folded else 1
+    first_weight, weights = config.score_weights()
+    chunk = max(1, min(tiles.count, _SCORE_BYTES // (4 * B * HK * columns * block_m)))
+    scores = torch.empty(
+        (chunk * block_m, B, HK, columns) if scored else (1,), dtype=torch.float32, device=q.device
+    )
+    positions_known = layout.cu_seqlens is None and layout.positions is None
     for first_tile in range(0, tiles.count, chunk):
         count = min(chunk, tiles.count - first_tile)
-        if C:
+        if positions_known:
+            seen = layout.num_keys - T + min(T, (first_tile + count) * block_m)
+            blocks = max(1, config.num_select_blocks(seen))
+            num_compressed = max(1, min(C, config.num_compressed(seen)))
+        key_tiles = triton.cdiv(num_compressed, block_n)
+        if scored:
             _block_scores_kernel[(count * key_tiles * B * HK,)](
                 q,
                 k_cmp,
@@ -105,19 +120,21 @@ def blocks_of(
                 PER_SELECT=per_select,
                 PER_COMPRESSED=per_compressed,
                 FOLDED=folded,
+                ALIGNED=_ALIGNED,
                 DIM_K=Dk,
                 K_MAIN=split_head(Dk).main,
                 K_REST=split_head(Dk).rest,
                 **tuned_scores,
             )
-        first_weight, weights = config.score_weights()
+        top_block = next((size for size in _TOP_BLOCKS if blocks <= size), _TOP_BLOCKS[-1])
+        top_rows = max(1, 1024 // top_block)
         _top_blocks_kernel[(triton.cdiv(count * block_m * B * HK, top_rows),)](
             scores,
             indices,
             tiles.first,
             tiles.stop,
             visible.lower,
-            visible.upper,
+            visible.upper if scored else visible.lower,
             causal.lower,
             causal.upper,
             count * block_m * B * HK,
@@ -142,7 +159,8 @@ def blocks_of(
             SLOTS=triton.next_power_of_2(n),
             FOLDED=folded,
             HELD=blocks <= top_block,
-            num_warps=max(4, top_block // 512),
+            ALIGNED=_ALIGNED,
+            num_warps=max(1, top_block // 1024),
         )
     return indices
 
@@ -187,6 +205,7 @@ def _block_scores_kernel(
     PER_SELECT: tl.constexpr,
     PER_COMPRESSED: tl.constexpr,
     FOLDED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     DIM_K: tl.constexpr,
     K_MAIN: tl.constexpr,
     K_REST: tl.constexpr,
@@ -196,8 +215,8 @@ def _block_scores_kernel(
     """One program: `BLOCK_M` queries against `BLOCK_N` compressed keys, summed over the group.
 
     Unfolded, the summed probabilities themselves are stored. Folded, Eq. 9's overlap map is applied
-    as far as one block's own compressed keys go: of each block `[own, carried]`, where the score of
-    block `j` is `own[j] + carried[j - 1]`. Tiles that no query sees are not written.
+    as far as one block's own compressed keys go: half a row for what each block has of its own,
+    half for what the block before it passes on. Tiles that no query sees are not written.
     """
     i_tile = tl.program_id(0) // (key_tiles * B * HK)
     i_key_tile = tl.program_id(0) // (B * HK) % key_tiles
@@ -209,8 +228,8 @@ def _block_scores_kernel(
     o_query = first + tl.arange(0, BLOCK_M)
     m_row = o_query < stop
     base = tl.load(lower + i_batch * stride_bounds + first)
-    b_upper = tl.load(upper + i_batch * stride_bounds + o_query, mask=m_row, other=0)
-    if base + i_key_tile * BLOCK_N >= tl.max(b_upper, 0):
+    p_upper = upper + i_batch * stride_bounds + o_query
+    if base + i_key_tile * BLOCK_N >= tl.max(tl.load(p_upper, mask=m_row, other=0), 0):
         return
     o_key = base + i_key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     m_key = o_key < C
@@ -223,19 +242,29 @@ def _block_scores_kernel(
     b_probability = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     o_q = o_query.to(tl.int64) * stride_qt
     p_lse = lse + i_batch * stride_lb + o_query.to(tl.int64) * stride_lt
-    for i_member in range(G):
-        i_head = i_kv * G + i_member
-        p_q = q + i_batch * stride_qb + i_head * stride_qh
+    p_q = q + i_batch * stride_qb + i_kv * G * stride_qh
+    p_lse += i_kv * G
+    b_waiting = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    b_shift = tl.full([BLOCK_M], float("inf"), tl.float32)
+    for _ in range(G):
         b_q = load_rows(p_q, o_q, m_row, 0, K_MAIN, DIM_K, True)
         b_q_rest = b_q
         if K_REST:
             b_q_rest = load_rows(p_q, o_q, m_row, K_MAIN, K_REST, DIM_K, True)
-        b_lse = tl.load(p_lse + i_head, mask=m_row, other=0.0).to(tl.float32) * LOG2_E_DEVICE
+        b_lse = tl.load(p_lse, mask=m_row, other=0.0)
         b_s = dot_split(b_q, b_q_rest, b_k, b_k_rest, K_REST)
-        b_probability += tl.exp2(b_s * scale_log2 - b_lse[:, None])
-    b_probability = tl.where(o_key[None, :] < b_upper[:, None], b_probability, 0.0)
-
+        # One head behind: the exponentials of a product are taken while the next one is made.
+        b_probability += tl.exp2(b_waiting * scale_log2 - b_shift[:, None])
+        b_waiting, b_shift = b_s, b_lse.to(tl.float32) * LOG2_E_DEVICE
+        p_q += stride_qh
+        p_lse += 1
+    b_probability += tl.exp2(b_waiting * scale_log2 - b_shift[:, None])
+    # Offsets and masks anew, so that none is kept in registers throughout the loop.
+    b_seen = tl.load(p_upper, mask=m_row, other=0) - (base + i_key_tile * BLOCK_N)
+    b_probability = tl.where(tl.arange(0, BLOCK_N)[None, :] < b_seen[:, None], b_probability, 0.0)
+    m_row = tl.arange(0, BLOCK_M) < stop - first
     o_row = (i_tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    columns = tl.multiple_of(columns, ALIGNED)
     o_out = ((o_row * B + i_batch) * HK + i_kv) * columns
     if FOLDED:
         BLOCKS: tl.constexpr = BLOCK_N // PER_SELECT
@@ -246,10 +275,10 @@ def _block_scores_kernel(
         b_own = tl.sum(b_blocks * own_weight[None, None, :], 2)
         b_carried = tl.sum(b_blocks * (PER_COMPRESSED - own_weight)[None, None, :], 2)
         o_block = i_key_tile * BLOCKS + tl.arange(0, BLOCKS)
-        m_out = m_row[:, None] & (o_block < columns // 2)[None, :]
         p_out = scores + o_out[:, None] + o_block[None, :]
-        tl.store(p_out, b_own, mask=m_out)
-        tl.store(p_out + columns // 2, b_carried, mask=m_out)
+        tl.store(p_out, b_own, mask=m_row[:, None] & (o_block < columns // 2)[None, :])
+        m_out = m_row[:, None] & (o_block + 1 < columns // 2)[None, :]
+        tl.store(p_out + columns // 2 + 1, b_carried, mask=m_out)
     else:
         o_column = i_key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
         m_out = m_row[:, None] & (o_column < columns)[None, :]
@@ -291,17 +320,19 @@ def _top_blocks_kernel(
     SLOTS: tl.constexpr,
     FOLDED: tl.constexpr,
     HELD: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """One program: the best `n` blocks of `ROWS` rows, each a query and KV head, ascending.
 
-    Scores are not negative, so they order as the integers their bits spell. The n-th largest is
-    found bit by bit; whatever lies above it is taken, and of its equals the first ones.
+    Scores are not negative, so they order as the integers their bits spell, here called ranks. The
+    interval that holds the n-th best rank is halved until it holds nothing else, or until exactly
+    `n` blocks rank above its middle. What lies above is taken, and of its equals the first ones.
     """
-    o_row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_row = o_row < rows
     o_row = tl.minimum(o_row, rows - 1)
-    o_batch, i_kv = o_row // HK % B, o_row % HK
-    o_local = o_row // HK // B
+    o_local, o_batch, i_kv = split_row(o_row, B, HK)
+    o_row = o_row.to(tl.int64)
     o_tile = first_tile + o_local // BLOCK_M
     b_first, b_stop = tile_of(tile_first, tile_stop, o_tile, BLOCK_M, T)
     o_query = b_first + o_local % BLOCK_M
@@ -317,6 +348,7 @@ def _top_blocks_kernel(
     # [ROWS, 1]: blocks up to the query's own.
     b_candidates = tl.cdiv(b_seen, select_block_size)[:, None]
     b_visible = (b_visible if FOLDED else tl.minimum(b_visible, columns))[:, None]
+    columns = tl.multiple_of(columns, 2 * ALIGNED if FOLDED else ALIGNED)
     p_scores = scores + (o_row * columns)[:, None]
     p_out = indices + (((o_batch * T + o_query) * HK + i_kv) * n)[:, None]
 
@@ -329,17 +361,30 @@ def _top_blocks_kernel(
         p_scores, o_block, b_candidates, b_visible, columns, init_blocks, local_blocks,
         first_weight, num_weights, per_compressed, per_select, FOLDED,
     )  # fmt: skip
-    b_threshold = tl.zeros([ROWS], tl.int32)
-    for i_bit in range(31):
-        b_trial = b_threshold | (1 << (30 - i_bit))
+    b_low, b_high = _rank_interval(
+        b_held, p_scores, o_block, stop, b_candidates, b_visible, columns, init_blocks,
+        local_blocks, first_weight, num_weights, per_compressed, per_select, FOLDED, ROWS, BLOCK_J,
+        SLOTS,
+    )  # fmt: skip
+    b_count = _count_from(
+        b_high, b_held, p_scores, o_block, stop, b_candidates, b_visible, columns, init_blocks,
+        local_blocks, first_weight, num_weights, per_compressed, per_select, FOLDED, BLOCK_J,
+    )  # fmt: skip
+    # Where the forced blocks fill all slots, or all candidates fit, there is nothing to search.
+    b_low = tl.where(b_count >= n, FORCED, b_low)
+    m_open = (b_count < n) & (tl.sum(b_candidates, 1) > n) & (b_high - b_low > 1)
+    while tl.max(m_open.to(tl.int32), 0) > 0:
+        b_trial = b_low + (b_high - b_low) // 2
         b_count = _count_from(
             b_trial, b_held, p_scores, o_block, stop, b_candidates, b_visible, columns,
             init_blocks, local_blocks, first_weight, num_weights, per_compressed, per_select,
             FOLDED, BLOCK_J,
         )  # fmt: skip
-        b_threshold = tl.where(b_count >= n, b_trial, b_threshold)
+        b_low = tl.where(m_open & (b_count >= n), b_trial, b_low)
+        b_high = tl.where(m_open & (b_count < n), b_trial, b_high)
+        m_open = m_open & (b_count != n) & (b_high - b_low > 1)
     b_above = _count_from(
-        b_threshold + 1, b_held, p_scores, o_block, stop, b_candidates, b_visible, columns,
+        b_low + 1, b_held, p_scores, o_block, stop, b_candidates, b_visible, columns,
         init_blocks, local_blocks, first_weight, num_weights, per_compressed, per_select,
         FOLDED, BLOCK_J,
     )  # fmt: skip
@@ -353,15 +398,42 @@ def _top_blocks_kernel(
                 p_scores, i_block + o_block, b_candidates, b_visible, columns, init_blocks,
                 local_blocks, first_weight, num_weights, per_compressed, per_select, FOLDED,
             )  # fmt: skip
-        m_equal = b_ranks == b_threshold[:, None]
-        b_equal = m_equal.to(tl.int32)
-        m_taken = (b_ranks > b_threshold[:, None]) | (m_equal & (tl.cumsum(b_equal, 1) <= b_left))
-        b_taken = m_taken.to(tl.int32)
-        o_target = b_filled + tl.cumsum(b_taken, 1) - 1
+        m_above, m_equal = b_ranks > b_low[:, None], b_ranks == b_low[:, None]
+        # Both running counts in one scan: those above in the lower half, the equals in the upper.
+        b_running = tl.cumsum(m_above.to(tl.int32) + (m_equal.to(tl.int32) << 16), 1)
+        b_equals = b_running >> 16
+        m_taken = m_above | (m_equal & (b_equals <= b_left))
+        o_target = b_filled + (b_running & 0xFFFF) + tl.minimum(b_equals, b_left) - 1
         b_block = tl.zeros([ROWS, BLOCK_J], tl.int32) + (i_block + o_block)
         tl.store(p_out + o_target, b_block, mask=m_row[:, None] & m_taken & (o_target < n))
-        b_left -= tl.sum(b_equal, 1)[:, None]
-        b_filled += tl.sum(b_taken, 1)[:, None]
+        b_left -= tl.sum(m_equal.to(tl.int32), 1)[:, None]
+        b_left = tl.maximum(b_left, 0)
+        b_filled += tl.sum(m_taken.to(tl.int32), 1)[:, None]
+
+
+@triton.jit
+def _rank_interval(
+    b_held, p_scores, o_block, stop, b_candidates, b_visible, columns, init_blocks, local_blocks,
+    first_weight, num_weights, per_compressed, per_select, FOLDED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_J: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Where to look for the rank of each row's n-th best block: `low <= rank < high`.
+
+    `high` is just above the best block that is not forced. Of `SLOTS >= n` groups of blocks, each
+    has one that ranks at least as high as the worst group's best, which makes `low`.
+    """
+    b_best = tl.max(tl.where(b_held == FORCED, -1, b_held), 1)
+    for i_block in range(BLOCK_J, stop, BLOCK_J):
+        b_ranks = _ranks(
+            p_scores, i_block + o_block, b_candidates, b_visible, columns, init_blocks,
+            local_blocks, first_weight, num_weights, per_compressed, per_select, FOLDED,
+        )  # fmt: skip
+        b_best = tl.maximum(b_best, tl.max(tl.where(b_ranks == FORCED, -1, b_ranks), 1))
+    b_low = tl.zeros([ROWS], tl.int32)
+    if SLOTS < BLOCK_J:
+        b_groups = tl.max(tl.reshape(b_held, [ROWS, BLOCK_J // SLOTS, SLOTS]), 1)
+        b_low = tl.maximum(tl.min(b_groups, 1), 0)
+    return b_low, b_best + 1
 
 
 @triton.jit
@@ -393,7 +465,7 @@ def _ranks(
         m_own = m_candidate & (o_block * per_select < b_visible)
         m_carried = m_candidate & (o_block > 0) & ((o_block - 1) * per_select < b_visible)
         b_score = tl.load(p_scores + o_block, mask=m_own, other=0.0)
-        b_score += tl.load(p_scores + columns // 2 + o_block - 1, mask=m_carried, other=0.0)
+        b_score += tl.load(p_scores + columns // 2 + o_block, mask=m_carried, other=0.0)
     else:
         b_score = tl.zeros_like(m_candidate.to(tl.float32))
         for i_weight in range(num_weights):
@@ -405,5 +477,5 @@ def _ranks(
             )
     b_ranks = tl.maximum(b_score.to(tl.int32, bitcast=True), 0)
     m_forced = (o_block < init_blocks) | (o_block >= b_candidates - local_blocks)
-    b_ranks = tl.where(m_forced, 0x7F800000, b_ranks)
+    b_ranks = tl.where(m_forced, FORCED, b_ranks)
     return tl.where(m_candidate, b_ranks, -1)

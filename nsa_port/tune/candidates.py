@@ -86,7 +86,7 @@ KERNELS: dict[str, Kernel] = {
     "selected_by_query": Kernel(
         "_by_query_kernel",
         ("selected",),
-        {"BLOCK_N": (32, 64), "num_warps": (1, 2), "num_stages": (2, 3)},
+        {"BLOCK_M": (16, 64), "BLOCK_N": (32, 64), "num_warps": (1, 4), "num_stages": (2, 3)},
         {"BLOCK_N": (16, 32, 64), "num_warps": (1, 2), "num_stages": (1, 2)} | _AMD,
         along_with={
             "selected_by_block": {"largest_group": 0},
