@@ -64,9 +64,11 @@ def fixed(arch: str, kernel: str) -> Values:
     return {
         "selected_by_block": {
             "segment": 128,
+            "least_sharing": 4,
             "largest_group": 4 if wide else 8,
             "fewest_queries": 1024,
         },
+        "selected_by_query": {"BLOCK_M": 16, "OWN_N": 16, "least_sharing": 2},
         "selected_backward": {"segment": 256},
         "selected_by_wave": {"most_heads": 16},
     }.get(kernel, {})

@@ -31,7 +31,10 @@ GENERIC_AMD = "generic_gfx"
 
 CONDITIONS = ("element_size", "head_dim", "exact_dims")
 
-_MAY_BE_ZERO = ("fewest_queries", "largest_group", "waves_per_eu", "matrix_instr_nonkdim")
+_MAY_BE_ZERO = (
+    "fewest_queries", "gluon", "largest_group", "matrix_instr_nonkdim", "most_heads",
+    "waves_per_eu",
+)  # fmt: skip
 _POWERS = ("num_warps", "OWN_N")
 
 Values = dict[str, int]

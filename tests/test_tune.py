@@ -55,7 +55,7 @@ def every_kernel_of_every_table() -> list[tuple[str, str]]:
 def test_every_tuned_kernel_has_candidates_that_its_table_could_hold(
     arch: str, kernel: str
 ) -> None:
-    maker = "cuda" if arch.startswith(("sm_", "generic")) and "gfx" not in arch else "rocm"
+    maker = "rocm" if "gfx" in arch else "cuda"
     for entry in tables.shipped_table(arch)[kernel]:
         shipped = tables.values_of(entry)
         found = list(candidates(kernel, maker, shipped))
@@ -63,6 +63,21 @@ def test_every_tuned_kernel_has_candidates_that_its_table_could_hold(
         assert len(found) > 1
         assert all(set(values) == set(shipped) for values in found)
         assert all(values not in found[:number] for number, values in enumerate(found))
+
+
+@pytest.mark.parametrize(("arch", "kernel"), every_kernel_of_every_table())
+def test_whatever_wins_is_an_entry_that_the_library_takes(
+    arch: str, kernel: str, tmp_path: Path
+) -> None:
+    maker = "rocm" if "gfx" in arch else "cuda"
+    entries = [
+        {"element_size": 2, "head_dim": 128, "exact_dims": [[128, 128]], **values}
+        for entry in tables.shipped_table(arch)[kernel]
+        for values in candidates(kernel, maker, tables.values_of(entry))
+    ]
+    path = tmp_path / f"{arch}.json"
+    path.write_text(json.dumps({"architecture": arch, "kernels": {kernel: entries}}))
+    assert tables.read_table(path, arch) == {kernel: entries}
 
 
 def test_every_candidate_shows_in_a_call() -> None:

@@ -1,12 +1,13 @@
 """Attention over the blocks that each query chose, in two designs.
 
-By query: one program gathers a query's blocks and attends with the heads of a group as rows. Keys
-are loaded once per query, which suits few queries and wide groups.
+By query: one program takes a few neighbouring queries, with the heads of a group as rows. Blocks
+that they share are loaded once for all of them, the others once for the query that chose them.
 
-By block: one program keeps a block's keys and gathers the queries that chose it, so that keys are
-loaded once per segment of the block's list. Each (query, block) gives a normalised partial output
-and its lse; a second kernel merges them in the order of the slots. Queries are worked on a bounded
-number at a time, which bounds the partial outputs.
+By block, for small groups: blocks that few neighbours share are left to programs that keep the keys
+of a block and gather the queries that chose it, so that keys are loaded once per segment of the
+block's list. Each (query, block) gives a normalised partial output and its lse; a last kernel
+merges them in the order of the slots. Queries are worked on a bounded number at a time, which
+bounds the partial outputs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_port.kernels.geometry import Layout, NSAConfig
-from nsa_port.kernels.triton.bounds import Kind, QueryBounds, query_bounds
+from nsa_port.kernels.triton.bounds import Kind, QueryBounds, cut_tiles, query_bounds, tile_of
 from nsa_port.kernels.triton.host import (
     LOG2_E,
     arch_of,
@@ -28,11 +29,12 @@ from nsa_port.kernels.triton.host import (
     strides,
     tuned,
 )
-from nsa_port.kernels.triton.lists import block_keys, block_lists, block_rows, load_work
-from nsa_port.kernels.triton.selected_tiles import by_tile, tile_values
+from nsa_port.kernels.triton.lists import block_keys, block_lists, load_work
+from nsa_port.kernels.triton.sharing import COUNTS, FIELDS, most_queries, share_blocks
+from nsa_port.kernels.triton.tiles import LOG2_E as LOG2_E_DEVICE
 from nsa_port.kernels.triton.tiles import LOG_2, dot, dot_split, load_rows, store_rows
 
-PARTIAL_BYTES = 2**31
+PARTIAL_BYTES = 2**30
 """Room for the partial results of the queries that are worked on at a time."""
 
 
@@ -68,58 +70,85 @@ def attend_selected(
     lse = torch.empty((B, T, H), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    values = tile_values(q, v)
-    if values is not None:
-        by_tile(q, k, v, indices, bounds, config, layout, scale, values, out, lse)
-        return out, lse
-    rows = block_rows(indices, bounds, config.select_block_size)
-    tuned_block = tuned(arch_of(q), "selected_by_block", q.element_size(), Dk, Dv)
-    if tuned_block["largest_group"] >= H // HK and tuned_block["fewest_queries"] <= T:
-        _by_block(q, k, v, rows, bounds, config, layout, scale, tuned_block, out, lse)
-    else:
-        _by_query(q, k, v, rows, bounds, config, scale, out, lse)
+    values = tuned(arch_of(q), "selected_by_block", q.element_size(), Dk, Dv)
+    by_block = values["largest_group"] >= H // HK and values["fewest_queries"] <= T
+    least = values["least_sharing"] if by_block else 0
+    own = _by_tile(q, k, v, indices, bounds, config, layout, scale, out, lse, least)
+    if by_block:
+        _by_block(q, k, v, own, bounds, config, layout, scale, values, out, lse)
     return out, lse
 
 
-def _by_query(
+def _by_tile(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    rows: Tensor,
+    indices: Tensor,
     bounds: QueryBounds,
     config: NSAConfig,
+    layout: Layout,
     scale: float,
     out: Tensor,
     lse: Tensor,
-) -> None:
+    leaving: int,
+) -> Tensor:
+    """Attend by tiles of queries; returns the rows of the blocks that are left, `[B, T, HK, n]`.
+
+    `leaving` is 0 for all blocks, or how many queries of a tile must share a block for it not to be
+    left to others. Rows are then packed as densely as the group allows.
+    """
     B, T, H, Dk = q.shape
     HK, Dv = v.shape[2:]
-    G = H // HK
-    heads = min(64, max(16, triton.next_power_of_2(G)))
-    _by_query_kernel[(T * B * HK * triton.cdiv(G, heads),)](
+    G, m, n = H // HK, config.select_block_size, config.num_selected
+    values = tuned(arch_of(q), "selected_by_query", q.element_size(), Dk, Dv)
+    heads = min(values["BLOCK_M"], max(4 if leaving else 16, triton.next_power_of_2(G)))
+    queries = min(values["BLOCK_M"] // heads, most_queries(n))
+    heads = max(heads, 16 // queries)
+    largest = max(16, triton.next_power_of_2(m))
+    block_n, own_n = (min(values[name], largest) for name in ("BLOCK_N", "OWN_N"))
+    even = m % block_n == 0 and m % own_n == 0
+    # With more heads than the matrix units' 16 rows, every block is worth a tile of its own.
+    least = leaving or (values["least_sharing"] if heads == 16 and even else 1)
+    tiles = cut_tiles(T, queries, layout.cu_seqlens)
+    shares = share_blocks(indices, bounds, m, tiles, queries, min(least, queries), even)
+    _by_query_kernel[(tiles.count * B * HK * triton.cdiv(G, heads),)](
         q,
         k,
         v,
-        rows,
+        tiles.first,
+        tiles.stop,
+        shares.shared,
+        shares.counts,
+        shares.own,
+        bounds.lower,
         bounds.upper,
         out,
         lse,
-        abs(scale) * LOG2_E,
+        # Never 0, which would turn the infinity of what is not seen into NaN.
+        max(abs(scale) * LOG2_E, 1e-30),
+        tiles.count,
         T,
-        B,
         HK,
         G,
+        n,
+        shares.shared.shape[3],
         bounds.stride,
         *strides(q),
-        *strides(k),
-        *strides(v),
-        SLOTS=config.num_selected,
-        SELECT=config.select_block_size,
+        *strides(k)[::2],
+        *strides(v)[::2],
+        STRIDE_KS=strides(k)[1],
+        STRIDE_VS=strides(v)[1],
+        SELECT=m,
+        QUERIES=queries,
         HEADS=heads,
+        OWN=not leaving and min(least, queries) > 1,
         NEGATIVE_SCALE=scale < 0,
         **split_arguments(split_head(Dk), split_head(Dv)),
-        **tuned(arch_of(q), "selected_by_query", q.element_size(), Dk, Dv),
+        BLOCK_N=block_n,
+        OWN_N=own_n,
+        **launch_options(values),
     )
+    return shares.own
 
 
 def _by_block(
@@ -135,6 +164,7 @@ def _by_block(
     out: Tensor,
     lse: Tensor,
 ) -> None:
+    """Attend to what is left of the blocks, and merge with what `out` and `lse` hold."""
     B, T, H, Dk = q.shape
     S, HK, Dv = v.shape[1:]
     G, n = H // HK, config.num_selected
@@ -204,6 +234,7 @@ def _by_block(
             G=G,
             HEADS=triton.next_power_of_2(G),
             SLOTS=n,
+            WIDTH_SLOTS=triton.next_power_of_2(n),
             PARTS=parts,
             DIM_V=Dv,
             WIDTH=triton.next_power_of_2(Dv),
@@ -217,33 +248,41 @@ def query_chunk(num_queries: int, bytes_per_query: int) -> int:
     return triton.cdiv(num_queries, triton.cdiv(num_queries, most))
 
 
-@triton.jit(do_not_specialize=["T", "B", "stride_bounds"])
+@triton.jit(do_not_specialize=["tiles", "T", "stride_bounds"])
 def _by_query_kernel(
     q,
     k,
     v,
-    rows,
+    tile_first,
+    tile_stop,
+    shared,
+    counts,
+    own,
+    lower,
     upper,
     out,
     lse,
     scale_log2,
+    tiles,
     T,
-    B,
     HK,
     G,
+    n,
+    kept,
     stride_bounds,
     stride_qb,
     stride_qt,
     stride_qh,
     stride_kb,
-    stride_ks,
     stride_kh,
     stride_vb,
-    stride_vs,
     stride_vh,
-    SLOTS: tl.constexpr,
+    STRIDE_KS: tl.constexpr,
+    STRIDE_VS: tl.constexpr,
     SELECT: tl.constexpr,
+    QUERIES: tl.constexpr,
     HEADS: tl.constexpr,
+    OWN: tl.constexpr,
     NEGATIVE_SCALE: tl.constexpr,
     DIM_K: tl.constexpr,
     K_MAIN: tl.constexpr,
@@ -252,78 +291,169 @@ def _by_query_kernel(
     V_MAIN: tl.constexpr,
     V_REST: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    OWN_N: tl.constexpr,
 ):
-    """One program: `HEADS` heads of one query and KV head, over all slots.
+    """One program: `HEADS` heads of `QUERIES` neighbouring queries of one sequence and KV head.
 
-    The loop has no branch, which would keep Triton from overlapping loads with arithmetic: tokens
-    that are not to be seen are masked.
+    First the blocks that the queries share, one product for all rows, then those left to one
+    query, as a batch of products. The loops have no branch, which would keep Triton from
+    overlapping loads with arithmetic, and only blocks that not all queries see to the end are
+    masked token by token. The strides of tokens are constants: an address is then one sum.
     """
+    ROWS: tl.constexpr = QUERIES * HEADS
     head_tiles = tl.cdiv(G, HEADS)
-    i_query = tl.program_id(0) // (B * HK * head_tiles)
-    i_batch = (tl.program_id(0) // (HK * head_tiles) % B).to(tl.int64)
-    i_kv = (tl.program_id(0) // head_tiles % HK).to(tl.int64)
-    o_member = tl.program_id(0) % head_tiles * HEADS + tl.arange(0, HEADS)
-    m_row = o_member < G
-    o_head = i_kv * G + o_member
-
-    p_q = q + i_batch * stride_qb + i_query.to(tl.int64) * stride_qt
-    b_q = load_rows(p_q, o_head * stride_qh, m_row, 0, K_MAIN, DIM_K, True)
+    i_head_tile = tl.program_id(0) % head_tiles
+    # All tiles of a KV head run one after the other: its keys and values stay in the cache.
+    i_shares = tl.program_id(0) // head_tiles
+    i_tile = i_shares % tiles
+    i_kv = (i_shares // tiles % HK).to(tl.int64)
+    i_batch = (i_shares // tiles // HK).to(tl.int64)
+    first, stop = tile_of(tile_first, tile_stop, i_tile, QUERIES, T)
+    if first >= stop:
+        return
+    o_row = tl.arange(0, ROWS)
+    o_query = (first + o_row // HEADS).to(tl.int64)
+    o_member = i_head_tile * HEADS + o_row % HEADS
+    m_row = (o_query < stop) & (o_member < G)
+    p_bounds = i_batch * stride_bounds + o_query
+    b_upper = tl.load(upper + p_bounds, mask=m_row, other=0)
+    # Rows that see nothing may hold anything: they are read as 0.
+    m_seeing = m_row & (b_upper > tl.load(lower + p_bounds, mask=m_row, other=0))
+    p_q = q + i_batch * stride_qb
+    o_q = o_query * stride_qt + (i_kv * G + o_member) * stride_qh
+    b_q = load_rows(p_q, o_q, m_seeing, 0, K_MAIN, DIM_K, True)
     b_q_rest = b_q
     if K_REST:
-        b_q_rest = load_rows(p_q, o_head * stride_qh, m_row, K_MAIN, K_REST, DIM_K, True)
+        b_q_rest = load_rows(p_q, o_q, m_seeing, K_MAIN, K_REST, DIM_K, True)
     if NEGATIVE_SCALE:
         b_q, b_q_rest = -b_q, -b_q_rest
-    stop = tl.load(upper + i_batch * stride_bounds + i_query)
-    o_query = i_batch * T + i_query
-    p_rows = rows + (o_query * HK + i_kv) * SLOTS
     p_k = k + i_batch * stride_kb + i_kv * stride_kh
     p_v = v + i_batch * stride_vb + i_kv * stride_vh
 
-    running_max = tl.full([HEADS], float("-inf"), tl.float32)
-    running_sum = tl.zeros([HEADS], tl.float32)
-    accumulator = tl.zeros([HEADS, V_MAIN], tl.float32)
-    accumulator_rest = tl.zeros([HEADS, V_REST if V_REST else 1], tl.float32)
-    for i_token in range(0, SLOTS * SELECT, BLOCK_N):
-        if SELECT % BLOCK_N == 0:
-            i_row = tl.load(p_rows + i_token // SELECT)
-            o_key = i_row + i_token % SELECT + tl.arange(0, BLOCK_N)
-            m_key = (i_row >= 0) & (o_key < stop)
-        else:
-            o_token = i_token + tl.arange(0, BLOCK_N)
-            b_row = tl.load(p_rows + o_token // SELECT, mask=o_token < SLOTS * SELECT, other=-1)
-            o_key = b_row + o_token % SELECT
-            m_key = (b_row >= 0) & (o_key < stop)
-        o_k = o_key.to(tl.int64) * stride_ks
-        b_k = load_rows(p_k, o_k, m_key, 0, K_MAIN, DIM_K, True)
-        b_k_rest = b_k
-        if K_REST:
-            b_k_rest = load_rows(p_k, o_k, m_key, K_MAIN, K_REST, DIM_K, True)
-        # [HEADS, BLOCK_N]
-        b_s = dot_split(b_q, b_q_rest, b_k, b_k_rest, K_REST)
-        b_s = tl.where(m_key[None, :], b_s * scale_log2, float("-inf"))
-        next_max = tl.maximum(running_max, tl.max(b_s, 1))
-        shift = tl.where(next_max == float("-inf"), 0.0, next_max)
-        b_p = tl.exp2(b_s - shift[:, None])
-        decay = tl.exp2(running_max - shift)
-        running_max = next_max
-        running_sum = running_sum * decay + tl.sum(b_p, 1)
-        o_v = o_key.to(tl.int64) * stride_vs
-        b_v = load_rows(p_v, o_v, m_key, 0, V_MAIN, DIM_V, True)
-        accumulator = dot(b_p.to(b_v.dtype), b_v, accumulator * decay[:, None])
-        if V_REST:
-            b_v = load_rows(p_v, o_v, m_key, V_MAIN, V_REST, DIM_V, True)
-            accumulator_rest = dot(b_p.to(b_v.dtype), b_v, accumulator_rest * decay[:, None])
+    running_max = tl.full([ROWS], float("-inf"), tl.float32)
+    running_sum = tl.zeros([ROWS], tl.float32)
+    accumulator = tl.zeros([ROWS, V_MAIN], tl.float32)
+    accumulator_rest = tl.zeros([ROWS, V_REST if V_REST else 1], tl.float32)
+    p_counts = counts + i_shares.to(tl.int64) * COUNTS
+    p_shared = shared + i_shares.to(tl.int64) * kept * FIELDS
+    PARTS: tl.constexpr = (SELECT + BLOCK_N - 1) // BLOCK_N
+    o_inside = tl.arange(0, BLOCK_N)
+    o_k = o_inside.to(tl.int64) * STRIDE_KS
+    o_v = o_inside.to(tl.int64) * STRIDE_VS
+    start, end = 0, tl.load(p_counts) * PARTS
+    for MASKED in tl.static_range(2):
+        for i_part in range(start, end):
+            p_block = p_shared + i_part // PARTS * FIELDS
+            i_key = tl.load(p_block) + i_part % PARTS * BLOCK_N
+            m_chose = ((tl.load(p_block + 1) >> (o_row // HEADS)) & 1) > 0
+            m_key = o_inside >= 0
+            if MASKED:
+                seen = tl.load(p_block + 2) - i_key
+                m_key = o_inside < seen
+            p_k_tile = p_k + i_key.to(tl.int64) * STRIDE_KS
+            b_k = load_rows(p_k_tile, o_k, m_key, 0, K_MAIN, DIM_K, MASKED)
+            b_k_rest = b_k
+            if K_REST:
+                b_k_rest = load_rows(p_k_tile, o_k, m_key, K_MAIN, K_REST, DIM_K, MASKED)
+            # [ROWS, BLOCK_N]
+            b_s = dot_split(b_q, b_q_rest, b_k, b_k_rest, K_REST)
+            if MASKED:
+                b_seen = tl.where(m_chose, tl.minimum(b_upper - i_key, seen), 0)
+                b_s = tl.where(o_inside[None, :] < b_seen[:, None], b_s, float("-inf"))
+                m_chose = b_seen > 0
+            b_p, decay, running_max, running_sum = _softmax_step(
+                b_s, m_chose, running_max, running_sum, scale_log2
+            )
+            p_v_tile = p_v + i_key.to(tl.int64) * STRIDE_VS
+            b_v = load_rows(p_v_tile, o_v, m_key, 0, V_MAIN, DIM_V, MASKED)
+            accumulator = dot(b_p.to(b_v.dtype), b_v, accumulator * decay[:, None])
+            if V_REST:
+                b_v = load_rows(p_v_tile, o_v, m_key, V_MAIN, V_REST, DIM_V, MASKED)
+                accumulator_rest = dot(b_p.to(b_v.dtype), b_v, accumulator_rest * decay[:, None])
+        start, end = end, tl.load(p_counts + 1) * PARTS
 
+    if OWN:
+        OWN_PARTS: tl.constexpr = SELECT // OWN_N
+        o_tile_query = first + tl.arange(0, QUERIES)
+        m_query = o_tile_query < stop
+        p_own = own + ((i_batch * T + o_tile_query) * HK + i_kv) * n
+        running_max = tl.reshape(running_max, [QUERIES, HEADS])
+        running_sum = tl.reshape(running_sum, [QUERIES, HEADS])
+        accumulator = tl.reshape(accumulator, [QUERIES, HEADS, V_MAIN])
+        accumulator_rest = tl.reshape(accumulator_rest, [QUERIES, HEADS, V_REST if V_REST else 1])
+        o_q = tl.reshape(o_q, [QUERIES, HEADS])
+        m_seeing = tl.reshape(m_seeing, [QUERIES, HEADS])
+        b_q = _load_batch(p_q, o_q, m_seeing, 0, K_MAIN, DIM_K)
+        b_q_rest = b_q
+        if K_REST:
+            b_q_rest = _load_batch(p_q, o_q, m_seeing, K_MAIN, K_REST, DIM_K)
+        if NEGATIVE_SCALE:
+            b_q, b_q_rest = -b_q, -b_q_rest
+        o_inside = tl.arange(0, OWN_N)
+        o_k = (o_inside.to(tl.int64) * STRIDE_KS)[None, :]
+        o_v = (o_inside.to(tl.int64) * STRIDE_VS)[None, :]
+        for i_part in range(tl.load(p_counts + 2) * OWN_PARTS):
+            b_row = tl.load(p_own + i_part // OWN_PARTS, mask=m_query, other=-1)
+            m_chose = b_row[:, None] >= 0
+            m_key = tl.broadcast_to(m_chose, [QUERIES, OWN_N])
+            b_row = (b_row + i_part % OWN_PARTS * OWN_N).to(tl.int64)[:, None]
+            b_k = _load_batch(p_k, b_row * STRIDE_KS + o_k, m_key, 0, K_MAIN, DIM_K)
+            # [QUERIES, HEADS, OWN_N]
+            b_s = tl.dot(b_q, tl.permute(b_k, (0, 2, 1)), input_precision="ieee")
+            if K_REST:
+                b_k = _load_batch(p_k, b_row * STRIDE_KS + o_k, m_key, K_MAIN, K_REST, DIM_K)
+                b_s = dot(b_q_rest, tl.permute(b_k, (0, 2, 1)), b_s)
+            b_p, decay, running_max, running_sum = _softmax_step(
+                b_s, m_chose, running_max, running_sum, scale_log2
+            )
+            b_v = _load_batch(p_v, b_row * STRIDE_VS + o_v, m_key, 0, V_MAIN, DIM_V)
+            accumulator = dot(b_p.to(b_v.dtype), b_v, accumulator * decay[:, :, None])
+            if V_REST:
+                b_v = _load_batch(p_v, b_row * STRIDE_VS + o_v, m_key, V_MAIN, V_REST, DIM_V)
+                accumulator_rest = dot(b_p.to(b_v.dtype), b_v, accumulator_rest * decay[:, :, None])
+        running_max = tl.reshape(running_max, [ROWS])
+        running_sum = tl.reshape(running_sum, [ROWS])
+        accumulator = tl.reshape(accumulator, [ROWS, V_MAIN])
+        accumulator_rest = tl.reshape(accumulator_rest, [ROWS, V_REST if V_REST else 1])
+
+    running_max *= scale_log2
     m_empty = running_sum == 0.0
     running_sum = tl.where(m_empty, 1.0, running_sum)
     b_lse = tl.where(m_empty, float("-inf"), (running_max + tl.log2(running_sum)) * LOG_2)
-    o_out = o_query * HK * G + o_head
+    o_out = ((i_batch * T + o_query) * HK + i_kv) * G + o_member
     tl.store(lse + o_out, b_lse, mask=m_row)
     o_out *= DIM_V
     store_rows(out, accumulator / running_sum[:, None], o_out, m_row, 0, V_MAIN, DIM_V)
     if V_REST:
         b_out = accumulator_rest / running_sum[:, None]
         store_rows(out, b_out, o_out, m_row, V_MAIN, V_REST, DIM_V)
+
+
+@triton.jit
+def _softmax_step(b_s, m_chose, running_max, running_sum, scale_log2):
+    """Probabilities of a tile of scores, what to scale the rows' sums by, their new max and sum.
+
+    Scores are not scaled yet, nor is the max. Rows with `m_chose` false keep what they have.
+    """
+    AXIS: tl.constexpr = len(b_s.shape) - 1
+    next_max = tl.maximum(running_max, tl.max(b_s, AXIS))
+    next_max = tl.where(m_chose, next_max, running_max)
+    shift = tl.where(m_chose, next_max * scale_log2, float("inf"))
+    b_p = tl.exp2(b_s * scale_log2 - tl.expand_dims(shift, AXIS))
+    decay = tl.where(m_chose, tl.exp2(running_max * scale_log2 - shift), 1.0)
+    return b_p, decay, next_max, running_sum * decay + tl.sum(b_p, AXIS)
+
+
+@triton.jit
+def _load_batch(
+    p_base, o_row, m_row, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr
+):  # fmt: skip
+    """`load_rows` for a batch of tiles. `[BATCH, ROWS, WIDTH]`."""
+    o_column = START + tl.arange(0, WIDTH)
+    m_tile = m_row[:, :, None]
+    if START + WIDTH > DIM:
+        m_tile = m_tile & (o_column < DIM)[None, None, :]
+    return tl.load(p_base + o_row[:, :, None] + o_column[None, None, :], mask=m_tile, other=0.0)
 
 
 @triton.jit(do_not_specialize=["first_query", "T", "S", "B", "blocks", "bins", "stride_bounds"])
@@ -454,11 +584,12 @@ def _merge_kernel(
     G: tl.constexpr,
     HEADS: tl.constexpr,
     SLOTS: tl.constexpr,
+    WIDTH_SLOTS: tl.constexpr,
     PARTS: tl.constexpr,
     DIM_V: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One program: the merged output of one query and KV head."""
+    """One program: the output of one query and KV head, merged with its partial results."""
     i_kv = tl.program_id(0) % HK
     i_batch = (tl.program_id(0) // HK % B).to(tl.int64)
     i_query = first_query + tl.program_id(0) // HK // B
@@ -469,15 +600,20 @@ def _merge_kernel(
     o_column = tl.arange(0, WIDTH)
     m_tile = m_head[:, None] & (o_column < DIM_V)[None, :]
 
-    running_max = tl.full([HEADS], float("-inf"), tl.float32)
-    running_sum = tl.zeros([HEADS], tl.float32)
-    accumulator = tl.zeros([HEADS, WIDTH], tl.float32)
-    for i_partial in range(SLOTS * PARTS):
-        m_slot = m_head & (tl.load(rows + o_target * SLOTS + i_partial // PARTS) >= 0)
+    o_slot = tl.arange(0, WIDTH_SLOTS)
+    b_row = tl.load(rows + o_target * SLOTS + o_slot, mask=o_slot < SLOTS, other=-1)
+    o_row = o_target * G + o_head
+    p_lse = lse + o_row
+    p_final = out + o_row[:, None] * DIM_V + o_column[None, :]
+    running_max = tl.load(p_lse, mask=m_head, other=0.0) * LOG2_E_DEVICE
+    running_sum = tl.where(running_max == float("-inf"), 0.0, 1.0)
+    accumulator = tl.load(p_final, mask=m_tile, other=0.0).to(tl.float32)
+    # The blocks that are left come first.
+    for i_partial in range(tl.sum((b_row >= 0).to(tl.int32), 0) * PARTS):
         o_row = (o_partial + i_partial) * G + o_head
-        b_lse = tl.load(partial_lse + o_row, mask=m_slot, other=float("-inf"))
+        b_lse = tl.load(partial_lse + o_row, mask=m_head, other=float("-inf"))
         p_out = partial_out + o_row[:, None] * DIM_V + o_column[None, :]
-        b_out = tl.load(p_out, mask=m_tile & m_slot[:, None], other=0.0).to(tl.float32)
+        b_out = tl.load(p_out, mask=m_tile, other=0.0).to(tl.float32)
         next_max = tl.maximum(running_max, b_lse)
         shift = tl.where(next_max == float("-inf"), 0.0, next_max)
         decay, weight = tl.exp2(running_max - shift), tl.exp2(b_lse - shift)
@@ -488,7 +624,6 @@ def _merge_kernel(
     m_empty = running_sum == 0.0
     running_sum = tl.where(m_empty, 1.0, running_sum)
     b_lse = tl.where(m_empty, float("-inf"), (running_max + tl.log2(running_sum)) * LOG_2)
-    o_row = o_target * G + o_head
-    tl.store(lse + o_row, b_lse, mask=m_head)
+    tl.store(p_lse, b_lse, mask=m_head)
     b_out = (accumulator / running_sum[:, None]).to(out.dtype.element_ty)
-    tl.store(out + o_row[:, None] * DIM_V + o_column[None, :], b_out, mask=m_tile)
+    tl.store(p_final, b_out, mask=m_tile)

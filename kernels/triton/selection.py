@@ -228,8 +228,8 @@ def _block_scores_kernel(
     o_query = first + tl.arange(0, BLOCK_M)
     m_row = o_query < stop
     base = tl.load(lower + i_batch * stride_bounds + first)
-    b_upper = tl.load(upper + i_batch * stride_bounds + o_query, mask=m_row, other=0)
-    if base + i_key_tile * BLOCK_N >= tl.max(b_upper, 0):
+    p_upper = upper + i_batch * stride_bounds + o_query
+    if base + i_key_tile * BLOCK_N >= tl.max(tl.load(p_upper, mask=m_row, other=0), 0):
         return
     o_key = base + i_key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     m_key = o_key < C
@@ -242,23 +242,27 @@ def _block_scores_kernel(
     b_probability = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     o_q = o_query.to(tl.int64) * stride_qt
     p_lse = lse + i_batch * stride_lb + o_query.to(tl.int64) * stride_lt
-    b_lse = tl.load(p_lse + i_kv * G, mask=m_row, other=0.0)
-    for i_member in range(G):
-        i_head = i_kv * G + i_member
-        p_q = q + i_batch * stride_qb + i_head * stride_qh
+    p_q = q + i_batch * stride_qb + i_kv * G * stride_qh
+    p_lse += i_kv * G
+    b_waiting = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    b_shift = tl.full([BLOCK_M], float("inf"), tl.float32)
+    for _ in range(G):
         b_q = load_rows(p_q, o_q, m_row, 0, K_MAIN, DIM_K, True)
         b_q_rest = b_q
         if K_REST:
             b_q_rest = load_rows(p_q, o_q, m_row, K_MAIN, K_REST, DIM_K, True)
-        # Read a head ahead: nothing else hides the wait for it.
-        m_next = m_row & (i_member + 1 < G)
-        b_next = tl.load(p_lse + i_head + 1, mask=m_next, other=0.0)
+        b_lse = tl.load(p_lse, mask=m_row, other=0.0)
         b_s = dot_split(b_q, b_q_rest, b_k, b_k_rest, K_REST)
-        b_shift = b_lse.to(tl.float32) * LOG2_E_DEVICE
-        b_probability += tl.exp2(b_s * scale_log2 - b_shift[:, None])
-        b_lse = b_next
-    b_probability = tl.where(o_key[None, :] < b_upper[:, None], b_probability, 0.0)
-
+        # One head behind: the exponentials of a product are taken while the next one is made.
+        b_probability += tl.exp2(b_waiting * scale_log2 - b_shift[:, None])
+        b_waiting, b_shift = b_s, b_lse.to(tl.float32) * LOG2_E_DEVICE
+        p_q += stride_qh
+        p_lse += 1
+    b_probability += tl.exp2(b_waiting * scale_log2 - b_shift[:, None])
+    # Offsets and masks anew, so that none is kept in registers throughout the loop.
+    b_seen = tl.load(p_upper, mask=m_row, other=0) - (base + i_key_tile * BLOCK_N)
+    b_probability = tl.where(tl.arange(0, BLOCK_N)[None, :] < b_seen[:, None], b_probability, 0.0)
+    m_row = tl.arange(0, BLOCK_M) < stop - first
     o_row = (i_tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     columns = tl.multiple_of(columns, ALIGNED)
     o_out = ((o_row * B + i_batch) * HK + i_kv) * columns

@@ -86,19 +86,12 @@ KERNELS: dict[str, Kernel] = {
     "selected_by_query": Kernel(
         "_by_query_kernel",
         ("selected",),
-        {"BLOCK_N": (32, 64), "num_warps": (1, 2), "num_stages": (2, 3)},
+        {"BLOCK_M": (16, 64), "BLOCK_N": (32, 64), "num_warps": (1, 4), "num_stages": (2, 3)},
         {"BLOCK_N": (16, 32, 64), "num_warps": (1, 2), "num_stages": (1, 2)} | _AMD,
         along_with={
-            "selected_by_tile": {"fewest_queries": _ALWAYS},
             "selected_by_block": {"largest_group": 0},
             "selected_by_wave": {"most_heads": 0},
         },
-    ),
-    "selected_by_tile": Kernel(
-        "_by_tile_kernel",
-        ("selected",),
-        {"OWN_N": (16, 32), "least_sharing": (1, 2, 3), "num_stages": (2, 3)},
-        {},
     ),
     "selected_by_block": Kernel(
         "_by_block_kernel",
@@ -120,7 +113,8 @@ KERNELS: dict[str, Kernel] = {
     "selected_backward": Kernel(
         "_by_block_backward_kernel",
         ("selected_backward",),
-        {"BLOCK_M": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)},
+        # In Gluon, where the table has it so, the kernel sets its tiles itself: one candidate.
+        {"BLOCK_M": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3), "gluon": (0,)},
         {"BLOCK_M": (32, 64), "num_warps": (4, 8)} | _AMD,
     ),
 }  # fmt: skip
