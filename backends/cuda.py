@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from nsa_port.backends.interface import OPERATORS, Environment, Problem, Reason
 from nsa_port.backends.triton_checks import dtype_reasons, head_dim_reasons, triton_reasons
@@ -14,9 +14,9 @@ _LEAST_ARCH = 80
 
 class CudaBackend:
     name = "cuda"
-    level = 0
-    conforms = False
-    """Whether the suite passes on a GPU. Until it does, the kernels run in the interpreter only."""
+    level = 5
+    conforming: Collection[str] = ("sm_90",)
+    """The architectures on whose hardware the suite passed; automatic choice takes no other."""
     kernels: Mapping[str, str] = dict.fromkeys(OPERATORS, "nsa_port.kernels.triton")
 
     def is_native(self, environment: Environment) -> bool:
@@ -38,14 +38,16 @@ class CudaBackend:
 
     def _gpu_reasons(self, environment: Environment) -> tuple[Reason, ...]:
         found: list[Reason] = []
-        if not self.conforms:
+        if environment.arch not in self.conforming:
             found.append(
                 Reason(
                     "not_conforming",
-                    "these kernels have not passed the conformance suite on a GPU",
-                    value="level 0",
-                    bound="level 1",
-                    remedy="use the backend torch, or a newer nsa_port",
+                    f"the suite has not been run on {environment.arch or 'this GPU'}",
+                    value="no recorded run",
+                    bound=", ".join(self.conforming),
+                    remedy="check it with `nsa-port conformance --backend cuda`, then force it: "
+                    "backend='cuda'",
+                    soft=True,
                 )
             )
         if _arch_number(environment.arch) < _LEAST_ARCH:

@@ -519,6 +519,8 @@ def _whole_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     tensors, where = inputs[: len(_INPUTS)], inputs[len(_INPUTS) :]
     lse, indices = output[4:]
     ctx.mark_non_differentiable(*output[1:])
+    # Zeros for what is not differentiated would be three more branch outputs in memory.
+    ctx.set_materialize_grads(False)
     _save(ctx, tensors, (*output[1:4], lse, indices), where, ran=lse)
 
 

@@ -96,10 +96,8 @@ MACHINES = {
 
 def proven(backend: CudaBackend | RocmBackend) -> Backend:
     """The backend as if the suite had passed on its hardware, so that only the machine decides."""
-    if isinstance(backend, CudaBackend):
-        backend.conforms = True
-    else:
-        backend.conforming = ARCHITECTURES
+    nvidia = {found.arch for found in MACHINES.values() if found.arch.startswith("sm_")}
+    backend.conforming = nvidia if isinstance(backend, CudaBackend) else ARCHITECTURES
     return backend
 
 
@@ -200,12 +198,14 @@ def test_all_reasons_against_a_backend_are_given(
     assert codes(machine, backend) == expected
 
 
-def test_kernels_that_never_conformed_on_a_gpu_run_in_the_interpreter_alone() -> None:
+def test_an_nvidia_gpu_on_which_the_suite_never_passed_is_taken_only_when_forced() -> None:
     backends = (CudaBackend(), TorchBackend())
-    problem = replace(PROBLEM, dtype=torch.float32)
-    refused = registry.select(backends, H200, problem, "cuda")
-    assert [why.code for why in refused.reasons_against("cuda")] == ["not_conforming"]
-    assert registry.select(backends, MACHINES["cpu, interpreter"], problem, "cuda").backend
+    assert registry.select(backends, H200, PROBLEM, None).backend is backends[0]
+    blackwell = replace(H200, arch="sm_100")
+    automatic = registry.select(backends, blackwell, PROBLEM, None)
+    assert automatic.backend is backends[1]
+    assert [why.code for why in automatic.reasons_against("cuda")] == ["not_conforming"]
+    assert registry.select(backends, blackwell, PROBLEM, "cuda").backend is backends[0]
 
 
 @pytest.mark.parametrize(("machine", "backend"), [("h200", "cuda"), ("mi300x", "rocm")])
@@ -530,7 +530,6 @@ def test_a_broken_plugin_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_missing_operator_is_a_reason_with_the_way_around() -> None:
     backend = CudaBackend()
-    backend.conforms = True
     backend.kernels = {"combine": "some.module"}
     choice = registry.select((backend, TorchBackend()), H200, PROBLEM, "cuda")
     (reason,) = choice.reasons_against("cuda")

@@ -100,11 +100,11 @@ def selected_gradients(
     with on_device_of(q):
         rows = block_rows(indices, bounds, config.select_block_size)
         values = tuned(arch_of(q), "selected_backward", q.element_size(), Dk, Dv)
-        segment = values["segment"]
+        # As many rows in a program for small groups as for 16 heads, whose the table's values are.
+        segment = values["segment"] * max(1, 16 // G)
         block_n = min(values["BLOCK_N"], max(16, triton.next_power_of_2(config.select_block_size)))
         parts = triton.cdiv(config.select_block_size, block_n)
-        # Half of the forward's room, for there are gradients beside it.
-        chunk = query_chunk(T, 2 * B * H * n * parts * Dk * q.element_size())
+        chunk = query_chunk(T, B * H * n * parts * Dk * q.element_size())
         partial_dq = torch.empty((chunk, B, HK, n * parts, G, Dk), dtype=q.dtype, device=q.device)
         # Lists of more than one segment have less than two segments per `segment` entries.
         segments = 2 * (B * chunk * HK * n // segment)

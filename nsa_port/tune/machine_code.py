@@ -16,7 +16,19 @@ _TARGET = re.compile(r"BRA\S*.*`\((\.L_x_\d+)\)")
 _UNIFORM = re.compile(r"(?<!\w)UR(\d+)")
 _WRITING = frozenset(
     (
-        *("UMOV", "UIADD3", "ULOP3", "USHF", "USGXT", "ULEA", "USEL", "ULDC", "R2UR", "S2UR"),
+        *(
+            "UMOV",
+            "UIADD3",
+            "ULOP3",
+            "USHF",
+            "USGXT",
+            "ULEA",
+            "USEL",
+            "ULDC",
+            "LDCU",
+            "R2UR",
+            "S2UR",
+        ),
         *("UFLO", "UPRMT", "VOTEU", "REDUX", "UBMSK", "UPOPC", "UP2UR", "UIABS", "UBREV", "UIMAD"),
     )
 )
