@@ -142,6 +142,12 @@ def test_views_share_their_storage(gpu: Session) -> None:
     assert torch.equal(storage, before)
 
 
+def test_a_view_without_elements_is_a_null_pointer(gpu: Session) -> None:
+    x, out = numbers(256), torch.full((256,), math.nan)
+    kernels.add[(1,)](x, x[:0], out, 0, BLOCK=256)
+    assert out.isnan().all()
+
+
 def test_a_report_has_the_traffic(gpu: Session) -> None:
     x, y, out = numbers(512), numbers(512), torch.zeros(512)
     kernels.add[(2,)](x, y, out, 512, BLOCK=256)

@@ -216,6 +216,8 @@ def _pack(
         return bytes(8)
     if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
         raise EmulatorError(f"the emulator takes CPU tensors, not {value!r}")
+    if not value.data_ptr():  # without elements, also where its storage has some
+        return bytes(8)
     storage = value.untyped_storage()
     start = storage.data_ptr()
     if start not in storages:
