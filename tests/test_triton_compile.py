@@ -30,8 +30,8 @@ A_FEW_SCALARS = 32
 WORKERS = 8
 """Warps that such a kernel has besides those that it is launched with."""
 
-LEAST_SHARED_MEMORY = 64 * 1024
-"""What an unknown architecture is taken to have."""
+LEAST_SHARED_MEMORY = 99 * 1024
+"""What the architectures without a table have: sm_86, sm_89 and sm_120 the least."""
 
 
 def entries() -> list[tuple[str, str, int, tuple[int, int]]]:
@@ -92,8 +92,8 @@ def test_every_tuned_entry_fits_its_architecture(
     allowed = A_FEW_SCALARS if on_hopper or row.get("gluon") else 0
     assert build.stack <= allowed, f"spills {build.stack} bytes of registers"
     assert build.num_warps == row["num_warps"] + on_hopper * WORKERS
-    assert not reads_before_writes(build.binary)
-    if table == "sm_90":
+    if table == "sm_90":  # where ptxas is known to lose what sets a descriptor of wgmma
+        assert not reads_before_writes(build.binary)
         assert build.uses_wgmma == ("exact_dims" in row), "wgmma where it should be, only there"
 
 
