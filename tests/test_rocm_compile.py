@@ -70,7 +70,7 @@ def test_every_tuned_entry_fits_its_gpu(table: str, arch: str, kernel: str, inde
     row = tables.shipped_table(table)[kernel][index]
     value_dim = 128 if row["head_dim"] == 192 else row["head_dim"]
     dtype = torch.bfloat16 if row["element_size"] == 2 else torch.float32
-    shape = Shape(64, 512, 16, row["head_dim"], value_dim, dtype=dtype)
+    shape = Shape(64, 2048, 16, row["head_dim"], value_dim, dtype=dtype)
     facts = built(arch, kernel, shape, tables.values_of(row))
     assert facts.lds_bytes <= facts.lds_limit
     if not may_spill(table, arch, kernel, row):
@@ -87,5 +87,5 @@ def test_every_tuned_entry_fits_its_gpu(table: str, arch: str, kernel: str, inde
 @pytest.mark.parametrize("kernel", ["interval_forward", "selected_by_wave"])
 def test_group_sizes_that_fill_no_tile_fit_too(kernel: str) -> None:
     for group in (1, 5, 40):
-        shape = replace(Shape(64, 512), group=group)
+        shape = replace(Shape(64, 2048), group=group)
         assert built("gfx942", kernel, shape, {}).problems() == ()
