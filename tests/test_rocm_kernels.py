@@ -105,7 +105,9 @@ def test_every_item_is_taken_once_and_a_die_takes_neighbours(items: int, dies: i
 
 
 @pytest.mark.parametrize("arch", CHIPS)
-def test_one_wave_executes_seven_tenths_of_the_shared_kernels_instructions_at_most(arch: str) -> None:
+def test_one_wave_executes_seven_tenths_of_the_shared_kernels_instructions_at_most(
+    arch: str,
+) -> None:
     shape = Shape(queries=4, keys=1024)
     counts = []
     for module in (amd, shared):
