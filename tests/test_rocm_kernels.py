@@ -12,10 +12,12 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 from nsa_port import emulator, reference
+from nsa_port.emulator.architectures import ARCHITECTURES
 from nsa_port.emulator.report import Compiled, inspect
 from nsa_port.kernels import amd
 from nsa_port.kernels import triton as shared
-from nsa_port.kernels.amd.chips import CHIPS
+from nsa_port.kernels.amd import selection
+from nsa_port.kernels.amd.chips import CHIPS, lanes_of
 from nsa_port.kernels.amd.placement import workgroups
 from nsa_port.kernels.geometry import Layout, NSAConfig
 from nsa_port.tune.compile_only import compiling_for
@@ -115,3 +117,52 @@ def test_one_wave_executes_seven_tenths_of_the_shared_kernels_instructions_at_mo
             calls(module, shape)["selected"]()
         counts.append(session.launches[-1].counters.instructions)
     assert counts[0] * 10 <= counts[1] * 7
+
+
+def equal_scores(keys: int, queries: int, dim: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    """`q, k_cmp, lse` of few distinct numbers, so that many blocks score the same."""
+    torch.manual_seed(keys)
+    q = torch.randn(1, queries, 2, dim).round()
+    k_cmp = torch.randn(1, CONFIG.num_compressed(keys), 1, dim).round().clamp(0, 1)
+    return q, k_cmp, torch.full((1, queries, 2), 3.0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "held"), [(1000, 32), (5000, 32), (40000, 32), (15000, 2)], ids="{}".format
+)
+@pytest.mark.parametrize("arch", ["gfx942", "gfx1100"])
+def test_the_choice_is_the_shared_kernels_where_blocks_tie(
+    arch: str, keys: int, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of one lane, of several, of a whole wave, and of twice as many blocks to a lane."""
+    monkeypatch.setattr(selection, "_HELD", held * 64 // lanes_of(arch))
+    q, k_cmp, lse = equal_scores(keys, queries=3)
+    chosen = []
+    for module in (amd, shared):
+        with emulator.emulated(arch):
+            chosen.append(module.select_blocks(q, k_cmp, lse, CONFIG, Layout(keys), 0.3))
+    assert torch.equal(*chosen)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_choice_executes_a_quarter_of_the_shared_kernels_instructions_at_most(
+    arch: str,
+) -> None:
+    counts = []
+    for module in (amd, shared):
+        with emulator.emulated(arch) as session:
+            calls(module, Shape(queries=64, keys=2048, group=1, key_dim=16))["select"]()
+        counts.append(session.launches[-1].counters.instructions)
+    assert counts[0] * 4 <= counts[1]
+
+
+@pytest.mark.parametrize("keys", [2048, 9000, None], ids=["one_lane", "some_lanes", "widest"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_choice_stays_in_registers(arch: str, keys: int | None) -> None:
+    keys = keys or 2 * selection._HELD * lanes_of(arch) * CONFIG.select_block_size
+    q, k_cmp, lse = equal_scores(keys, queries=1)
+    with compiling_for(arch) as builds:
+        amd.select_blocks(q, k_cmp, lse, NSAConfig(), Layout(keys), 0.3)
+    facts = inspect(builds[-1].assembly, builds[-1].shared)
+    assert facts.problems() == ()
+    assert facts.lds_bytes == 0

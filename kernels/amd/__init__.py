@@ -7,12 +7,12 @@ here, and says where it serves. Everywhere else, in Triton's interpreter too, th
 from nsa_port.kernels.amd.combining import combine, combine_backward
 from nsa_port.kernels.amd.compression import mean_compress, mean_compress_backward
 from nsa_port.kernels.amd.selected import selected_attention
+from nsa_port.kernels.amd.selection import select_blocks
 from nsa_port.kernels.amd.whole import nsa_attention
 from nsa_port.kernels.triton import (
     compressed_attention,
     compressed_attention_backward,
     nsa_attention_backward,
-    select_blocks,
     selected_attention_backward,
     window_attention,
     window_attention_backward,

@@ -28,3 +28,10 @@ CHIPS: Mapping[str, Chip] = {
     "gfx950": Chip(mfma_version=4, dies=8, rounds_bfloat16=True, depths={2: 32, 4: 4}),
 }
 """MI250X shows each of its two dies as a device; MI300X and MI355X have eight in one."""
+
+
+def lanes_of(arch: str) -> int:
+    """Lanes of a wave: 64 or 32; 0 in the interpreter, which has none."""
+    if not arch:
+        return 0
+    return 64 if arch.startswith("gfx9") else 32

@@ -6,6 +6,9 @@ from functools import partial
 
 from nsa_port.kernels.amd.combining import combine
 from nsa_port.kernels.amd.selected import attend_selected
+from nsa_port.kernels.amd.selection import blocks_of
 from nsa_port.kernels.triton import whole
 
-nsa_attention = partial(whole.nsa_attention, attend_selected=attend_selected, combine=combine)
+nsa_attention = partial(
+    whole.nsa_attention, blocks_of=blocks_of, attend_selected=attend_selected, combine=combine
+)

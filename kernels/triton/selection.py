@@ -7,13 +7,23 @@ compressed keys then start at one row, and block grids line up with key tiles.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from nsa_port.kernels.geometry import Layout, NSAConfig
-from nsa_port.kernels.triton.bounds import Kind, QueryBounds, cut_tiles, query_bounds, tile_of
+from nsa_port.kernels.triton.bounds import (
+    Kind,
+    QueryBounds,
+    Tiles,
+    cut_tiles,
+    query_bounds,
+    tile_of,
+)
 from nsa_port.kernels.triton.host import (
     LOG2_E,
     arch_of,
@@ -39,6 +49,74 @@ FORCED = tl.constexpr(0x7F800000)
 """The rank of a forced block: infinity's."""
 
 
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The scores of `count` query tiles from `first_tile` on, and what bounds the choice from them.
+
+    scores: `[count * block_m, B, HK, columns]`, as `_block_scores_kernel` leaves them, folded or
+        not; never written where not `scored`, and then every score is 0.
+    blocks: the most candidates that any of the queries has.
+    """
+
+    scores: Tensor
+    columns: int
+    folded: bool
+    scored: bool
+    tiles: Tiles
+    first_tile: int
+    count: int
+    block_m: int
+    visible: QueryBounds
+    causal: QueryBounds
+    blocks: int
+
+
+def choose_blocks(indices: Tensor, found: Scored, config: NSAConfig) -> None:
+    """Write the best blocks of the scored queries to `indices [B, T, HK, n]`."""
+    B, T, HK, n = indices.shape
+    per_select = config.select_block_size // config.block_stride
+    per_compressed = config.block_size // config.block_stride
+    first_weight, weights = config.score_weights()
+    top_block = next((size for size in _TOP_BLOCKS if found.blocks <= size), _TOP_BLOCKS[-1])
+    top_rows = max(1, 1024 // top_block)
+    rows = found.count * found.block_m * B * HK
+    tiles, visible, causal = found.tiles, found.visible, found.causal
+    _top_blocks_kernel[(triton.cdiv(rows, top_rows),)](
+        found.scores,
+        indices,
+        tiles.first,
+        tiles.stop,
+        visible.lower,
+        visible.upper if found.scored else visible.lower,
+        causal.lower,
+        causal.upper,
+        rows,
+        found.first_tile,
+        T,
+        B,
+        HK,
+        found.columns,
+        visible.stride,
+        causal.stride,
+        config.select_block_size,
+        n,
+        config.init_blocks,
+        config.local_blocks,
+        first_weight,
+        len(weights),
+        per_compressed,
+        per_select,
+        BLOCK_M=found.block_m,
+        BLOCK_J=top_block,
+        ROWS=top_rows,
+        SLOTS=triton.next_power_of_2(n),
+        FOLDED=found.folded,
+        HELD=found.blocks <= top_block,
+        ALIGNED=_ALIGNED,
+        num_warps=max(1, top_block // 1024),
+    )
+
+
 def select_blocks(
     q: Tensor, k_cmp: Tensor, lse: Tensor, config: NSAConfig, layout: Layout, scale: float
 ) -> Tensor:
@@ -59,8 +137,13 @@ def blocks_of(
     config: NSAConfig,
     layout: Layout,
     scale: float,
+    *,
+    choose: Callable[[Tensor, Scored, NSAConfig], None] = choose_blocks,
 ) -> Tensor:
-    """`select_blocks` with the bounds at hand, on the current device."""
+    """`select_blocks` with the bounds at hand, on the current device.
+
+    `choose` is for a kernel of another folder in place of `choose_blocks`.
+    """
     lse = last_contiguous(lse)
     B, T, H, Dk = q.shape
     C, HK = k_cmp.shape[1:3]
@@ -81,7 +164,6 @@ def blocks_of(
     num_compressed = max(1, min(C, config.num_compressed(layout.num_keys)))
     columns = triton.cdiv(blocks if folded else num_compressed, _ALIGNED) * _ALIGNED
     columns *= 2 if folded else 1
-    first_weight, weights = config.score_weights()
     chunk = max(1, min(tiles.count, _SCORE_BYTES // (4 * B * HK * columns * block_m)))
     scores = torch.empty(
         (chunk * block_m, B, HK, columns) if scored else (1,), dtype=torch.float32, device=q.device
@@ -126,42 +208,11 @@ def blocks_of(
                 K_REST=split_head(Dk).rest,
                 **tuned_scores,
             )
-        top_block = next((size for size in _TOP_BLOCKS if blocks <= size), _TOP_BLOCKS[-1])
-        top_rows = max(1, 1024 // top_block)
-        _top_blocks_kernel[(triton.cdiv(count * block_m * B * HK, top_rows),)](
-            scores,
-            indices,
-            tiles.first,
-            tiles.stop,
-            visible.lower,
-            visible.upper if scored else visible.lower,
-            causal.lower,
-            causal.upper,
-            count * block_m * B * HK,
-            first_tile,
-            T,
-            B,
-            HK,
-            columns,
-            visible.stride,
-            causal.stride,
-            config.select_block_size,
-            n,
-            config.init_blocks,
-            config.local_blocks,
-            first_weight,
-            len(weights),
-            per_compressed,
-            per_select,
-            BLOCK_M=block_m,
-            BLOCK_J=top_block,
-            ROWS=top_rows,
-            SLOTS=triton.next_power_of_2(n),
-            FOLDED=folded,
-            HELD=blocks <= top_block,
-            ALIGNED=_ALIGNED,
-            num_warps=max(1, top_block // 1024),
-        )
+        found = Scored(
+            scores, columns, folded, scored, tiles, first_tile, count, block_m, visible, causal,
+            blocks,
+        )  # fmt: skip
+        choose(indices, found, config)
     return indices
 
 

@@ -39,6 +39,7 @@ def nsa_attention(
     scale: float,
     needs_grad: bool,
     *,
+    blocks_of: Callable[..., Tensor] = blocks_of,
     attend_selected: Callable[..., tuple[Tensor, Tensor]] = attend_selected,
     combine: Callable[..., Tensor] = combine,
 ) -> WholeForward:
