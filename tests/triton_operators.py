@@ -50,6 +50,8 @@ CASES_OF_OUR_OWN = [
     Case("heads_100_36", T=10, S=40, H=2, HK=1, Dk=100, Dv=36),
     Case("blocks_of_12", config=NSAConfig(8, 4, 12, 4, 1, 1, 24), T=40, S=120),
     Case("blocks_of_200", config=NSAConfig(8, 4, 200, 2, 0, 1, 24), T=20, S=450),
+    Case("few_queries", T=3, S=700, HK=1),
+    Case("few_queries_packed", lengths=((2, 600), (0, 0), (1, 5), (1, 300))),
     Case("many_blocks", config=MORE_BLOCKS, T=40, S=300),
     Case("many_blocks_literal", config=replace(MORE_BLOCKS, score_map="literal"), T=40, S=300),
     Case("many_blocks_packed", config=MORE_BLOCKS, lengths=((10, 150), (0, 0), (30, 200))),

@@ -39,6 +39,7 @@ from nsa_port.kernels.triton.host import (
     tuned,
 )
 from nsa_port.kernels.triton.lists import block_rows
+from nsa_port.kernels.triton.splitting import merge_splits, split_keys, split_range
 
 _KERNEL = "selected_by_wave"
 _LOG_2 = gl.constexpr(0.6931471805599453)
@@ -92,6 +93,8 @@ def attend_selected(
     block_n = min(values.pop("BLOCK_N"), whole_block)
     heads = min(values.pop("most_heads"), max(16, triton.next_power_of_2(G)))
     items = B * HK * triton.cdiv(G, heads) * T
+    splits = split_keys(items, config.num_selected * config.select_block_size, out, lse)
+    items *= splits.number
     rows = block_rows(indices, bounds, config.select_block_size)
     _by_wave_kernel[(workgroups(items, chip.dies),)](
         q,
@@ -99,10 +102,12 @@ def attend_selected(
         v,
         rows,
         bounds.upper,
-        out,
-        lse,
+        splits.out,
+        splits.lse,
         abs(scale) * LOG2_E,
         items,
+        splits.number,
+        B,
         T,
         HK,
         G,
@@ -113,6 +118,7 @@ def attend_selected(
         SLOTS=config.num_selected,
         SELECT=config.select_block_size,
         HEADS=heads,
+        SPLIT=splits.active,
         BLOCK_N=block_n,
         NEGATIVE_SCALE=scale < 0,
         DIES=chip.dies,
@@ -122,6 +128,7 @@ def attend_selected(
         **split_arguments(split_head(Dk), split_head(Dv)),
         **values,
     )
+    merge_splits(splits, out, lse)
     return out, lse
 
 
@@ -140,7 +147,7 @@ def _serves(q: Tensor, k: Tensor, v: Tensor, config: NSAConfig) -> bool:
     return max(q.stride(2), k.stride(1), v.stride(1)) * _MOST_ROWS < _LARGEST_OFFSET
 
 
-@gluon.jit(do_not_specialize=["items", "T", "stride_bounds"])
+@gluon.jit(do_not_specialize=["items", "splits", "B", "T", "stride_bounds"])
 def _by_wave_kernel(
     q,
     k,
@@ -151,6 +158,8 @@ def _by_wave_kernel(
     lse,
     scale_log2,
     items,
+    splits,
+    B,
     T,
     HK,
     G,
@@ -167,6 +176,7 @@ def _by_wave_kernel(
     SLOTS: gl.constexpr,
     SELECT: gl.constexpr,
     HEADS: gl.constexpr,
+    SPLIT: gl.constexpr,
     NEGATIVE_SCALE: gl.constexpr,
     DIM_K: gl.constexpr,
     K_MAIN: gl.constexpr,
@@ -182,12 +192,17 @@ def _by_wave_kernel(
 ):
     """One program, one wave: `HEADS` heads of one query and KV head, over all slots.
 
+    With `SPLIT`, `splits` programs share the slots.
+
     Items are ordered by batch and KV head, then by query: neighbours choose much the same blocks.
     """
     i_item = item_of(gl.program_id(0), items, DIES)
     if i_item >= items:
         return
     LAYOUT: gl.constexpr = scores_layout(MFMA_VERSION, MFMA_DEPTH)
+    i_split = (i_item % splits).to(gl.int64)
+    if SPLIT:
+        i_item //= splits
     head_tiles = (G + HEADS - 1) // HEADS
     i_query = i_item // head_tiles % T
     i_column = i_item // head_tiles // T
@@ -216,7 +231,10 @@ def _by_wave_kernel(
     accumulator = gl.full([HEADS, V_MAIN], 0.0, gl.float32, LAYOUT)
     accumulator_rest = gl.full([HEADS, V_REST if V_REST else 16], 0.0, gl.float32, LAYOUT)
     PARTS: gl.constexpr = (SELECT + BLOCK_N - 1) // BLOCK_N
-    for i_part in range(SLOTS * PARTS):
+    start, end = 0, SLOTS * PARTS
+    if SPLIT:
+        start, end = split_range(0, SLOTS * PARTS, i_split, splits)
+    for i_part in range(start, end):
         i_row = gl.load(p_rows + i_part // PARTS)
         i_key = i_row + i_part % PARTS * BLOCK_N
         seen = gl.minimum(stop, i_row + SELECT) - i_key
@@ -242,6 +260,8 @@ def _by_wave_kernel(
     running_sum = gl.where(m_empty, 1.0, running_sum)
     b_lse = gl.where(m_empty, float("-inf"), (running_max + gl.log2(running_sum)) * _LOG_2)
     o_out = o_query * HK * G + i_head
+    if SPLIT:
+        o_out += i_split * B * T * HK * G
     o_head = gl.arange(0, HEADS, ROW)
     gl.store(lse + o_out + o_head, b_lse, mask=o_head < heads)
     p_out = out + o_out * DIM_V

@@ -11,9 +11,6 @@ count does that reach before the first; `clean_rows` then clears those.
 
 from __future__ import annotations
 
-from functools import cache
-
-import torch
 import triton.experimental.gluon as gluon
 import triton.experimental.gluon.language as gl
 from torch import Tensor
@@ -40,14 +37,6 @@ def describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor | None
     pairs = zip(shape[:-1], tensor.stride()[:-1], strict=True)
     strides = [whole if size == 1 else stride for size, stride in pairs]
     return TensorDescriptor(tensor, shape, [*strides, 1], [1, rows, 1, columns], TILE)
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """How many programs run at once, each on a multiprocessor of its own."""
-    if device.type == "cpu":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @gluon.jit

@@ -89,6 +89,14 @@ def arch_of(tensor: Tensor) -> str:
 
 
 @cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors or compute units there are, 132 where there is no GPU."""
+    if device.type == "cpu":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
 def _arch_of_device(index: int) -> str:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:

@@ -24,6 +24,7 @@ from nsa_port.kernels.triton.host import (
     strides,
     tuned,
 )
+from nsa_port.kernels.triton.splitting import merge_splits, split_keys, split_range
 from nsa_port.kernels.triton.tiles import (
     LOG_2,
     dot,
@@ -45,7 +46,7 @@ def compressed_attention(
     """Softmax over the compressed blocks that are complete at each query (Eq. 8). `out, lse`."""
     with on_device_of(q):
         bounds = query_bounds(Kind.COMPRESSED, q.shape[1], k.shape[1], config, layout, q.device)
-        return _interval_attention(q, k, v, bounds, layout, scale)
+        return interval_attention(q, k, v, bounds, layout, scale)
 
 
 def window_attention(
@@ -54,13 +55,22 @@ def window_attention(
     """Softmax over the last `window_size` keys of each query. `out, lse`."""
     with on_device_of(q):
         bounds = query_bounds(Kind.WINDOW, q.shape[1], k.shape[1], config, layout, q.device)
-        return _interval_attention(q, k, v, bounds, layout, scale)
+        return interval_attention(q, k, v, bounds, layout, scale, config.window_size)
 
 
-def _interval_attention(
-    q: Tensor, k: Tensor, v: Tensor, bounds: QueryBounds, layout: Layout, scale: float
+def interval_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: QueryBounds,
+    layout: Layout,
+    scale: float,
+    most_keys: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax over each query's interval of key rows. `out [B, T, H, Dv]`, `lse [B, T, H]`."""
+    """Softmax over each query's interval of key rows. `out [B, T, H, Dv]`, `lse [B, T, H]`.
+
+    No query sees more than `most_keys` rows.
+    """
     B, T, H, Dk = q.shape
     HK, Dv = v.shape[2:]
     G = H // HK
@@ -78,7 +88,10 @@ def _interval_attention(
     # Few queries, as in decoding: fill the tile with the heads that share these keys instead.
     heads = G if config["BLOCK_M"] >= T * 2 and config["BLOCK_M"] >= G else 1
     tiles = cut_tiles(T, config["BLOCK_M"] // heads, layout.cu_seqlens)
-    _interval_forward_kernel[(tiles.count * B * (H // heads),)](
+    programs = tiles.count * B * (H // heads)
+    most_keys = min(k.shape[1], k.shape[1] if most_keys is None else most_keys)
+    splits = split_keys(programs, most_keys, out, lse)
+    _interval_forward_kernel[(programs * splits.number,)](
         q,
         k,
         v,
@@ -86,22 +99,25 @@ def _interval_attention(
         tiles.stop,
         bounds.lower,
         bounds.upper,
-        out,
-        lse,
+        splits.out,
+        splits.lse,
         abs(scale) * LOG2_E,
         T,
         H,
         G,
         tiles.count,
+        splits.number,
         bounds.stride,
         *strides(q),
         *strides(k),
         *strides(v),
         HEADS=heads,
+        SPLIT=splits.active,
         NEGATIVE_SCALE=scale < 0,
         **split_arguments(split_head(Dk), split_head(Dv)),
         **config,
     )
+    merge_splits(splits, out, lse)
     return out, lse
 
 
@@ -132,7 +148,7 @@ def hopper_values(kernel: str, q: Tensor, *others: Tensor) -> Values | None:
     return values if addressable and q.shape[1] >= values["fewest_queries"] else None
 
 
-@triton.jit(do_not_specialize=["T", "tiles", "stride_bounds"])
+@triton.jit(do_not_specialize=["T", "tiles", "splits", "stride_bounds"])
 def _interval_forward_kernel(
     q,
     k,
@@ -148,6 +164,7 @@ def _interval_forward_kernel(
     H,
     G,
     tiles,
+    splits,
     stride_bounds,
     stride_qb,
     stride_qt,
@@ -159,6 +176,7 @@ def _interval_forward_kernel(
     stride_vs,
     stride_vh,
     HEADS: tl.constexpr,
+    SPLIT: tl.constexpr,
     NEGATIVE_SCALE: tl.constexpr,
     DIM_K: tl.constexpr,
     K_MAIN: tl.constexpr,
@@ -171,13 +189,19 @@ def _interval_forward_kernel(
 ):
     """One program: one tile of queries; a row is a query and one of `HEADS` heads of a group.
 
-    Late tiles start first: where attention is causal they have the most to do.
+    Late tiles start first: where attention is causal they have the most to do. With `SPLIT`,
+    `splits` programs share the keys of a tile.
     """
+    i_program = tl.program_id(0)
     columns = tl.num_programs(0) // tiles
+    i_split = (i_program % splits).to(tl.int64)
+    if SPLIT:
+        i_program //= splits
+        columns //= splits
     head_groups = H // HEADS
-    i_tile = tiles - 1 - tl.program_id(0) // columns
-    i_batch = (tl.program_id(0) % columns // head_groups).to(tl.int64)
-    i_head = tl.program_id(0) % columns % head_groups * HEADS
+    i_tile = tiles - 1 - i_program // columns
+    i_batch = (i_program % columns // head_groups).to(tl.int64)
+    i_head = i_program % columns % head_groups * HEADS
     i_kv = (i_head // G).to(tl.int64)
     first, stop = tile_of(tile_first, tile_stop, i_tile, BLOCK_M // HEADS, T)
     o_query = first + tl.arange(0, BLOCK_M) // HEADS
@@ -197,6 +221,12 @@ def _interval_forward_kernel(
     b_lower = tl.load(lower + o_bounds, mask=m_row, other=0)
     b_upper = tl.load(upper + o_bounds, mask=m_row, other=0)
     start, full_start, full_stop, stop = key_spans(b_lower, b_upper, m_row, BLOCK_N)
+    if SPLIT:
+        first_step, last_step = split_range(0, tl.cdiv(stop - start, BLOCK_N), i_split, splits)
+        stop = tl.minimum(start + last_step * BLOCK_N, stop)
+        start = tl.minimum(start + first_step * BLOCK_N, stop)
+        full_start = tl.minimum(tl.maximum(full_start, start), stop)
+        full_stop = tl.minimum(tl.maximum(full_stop, full_start), stop)
 
     p_k = k + i_batch * stride_kb + i_kv * stride_kh
     p_v = v + i_batch * stride_vb + i_kv * stride_vh
@@ -218,6 +248,8 @@ def _interval_forward_kernel(
     running_sum = tl.where(m_empty, 1.0, running_sum)
     b_lse = tl.where(m_empty, float("-inf"), (running_max + tl.log2(running_sum)) * LOG_2)
     o_out = ((i_batch * T + o_query) * H + o_head).to(tl.int64)
+    if SPLIT:
+        o_out += i_split * (columns // head_groups) * T * H
     tl.store(lse + o_out, b_lse, mask=m_row)
     o_out *= DIM_V
     store_rows(out, accumulator / running_sum[:, None], o_out, m_row, 0, V_MAIN, DIM_V)

@@ -25,12 +25,11 @@ from nsa_port.kernels.triton.hopper import (
     count_steps,
     describe,
     locate,
-    multiprocessors,
     next_stage,
     queries_and_heads,
     tile_of_step,
 )
-from nsa_port.kernels.triton.host import LOG2_E, split_head
+from nsa_port.kernels.triton.host import LOG2_E, multiprocessors, split_head
 
 
 def attend(

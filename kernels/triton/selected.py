@@ -31,6 +31,7 @@ from nsa_port.kernels.triton.host import (
 )
 from nsa_port.kernels.triton.lists import block_keys, block_lists, load_work
 from nsa_port.kernels.triton.sharing import COUNTS, FIELDS, most_queries, share_blocks
+from nsa_port.kernels.triton.splitting import merge_splits, split_keys, split_range
 from nsa_port.kernels.triton.tiles import LOG2_E as LOG2_E_DEVICE
 from nsa_port.kernels.triton.tiles import LOG_2, dot, dot_split, load_rows, store_rows
 
@@ -102,7 +103,9 @@ def _by_tile(
     G, m, n = H // HK, config.select_block_size, config.num_selected
     values = tuned(arch_of(q), "selected_by_query", q.element_size(), Dk, Dv)
     heads = min(values["BLOCK_M"], max(4 if leaving else 16, triton.next_power_of_2(G)))
-    queries = min(values["BLOCK_M"] // heads, most_queries(n))
+    splits = split_keys(T * B * HK * triton.cdiv(G, heads), n * m, out, lse)
+    # With too few queries to fill the GPU none waits for another's blocks.
+    queries = 1 if splits.active else min(values["BLOCK_M"] // heads, most_queries(n))
     heads = max(heads, 16 // queries)
     largest = max(16, triton.next_power_of_2(m))
     block_n, own_n = (min(values[name], largest) for name in ("BLOCK_N", "OWN_N"))
@@ -111,7 +114,7 @@ def _by_tile(
     least = leaving or (values["least_sharing"] if heads == 16 and even else 1)
     tiles = cut_tiles(T, queries, layout.cu_seqlens)
     shares = share_blocks(indices, bounds, m, tiles, queries, min(least, queries), even)
-    _by_query_kernel[(tiles.count * B * HK * triton.cdiv(G, heads),)](
+    _by_query_kernel[(tiles.count * B * HK * triton.cdiv(G, heads) * splits.number,)](
         q,
         k,
         v,
@@ -122,11 +125,13 @@ def _by_tile(
         shares.own,
         bounds.lower,
         bounds.upper,
-        out,
-        lse,
+        splits.out,
+        splits.lse,
         # Never 0, which would turn the infinity of what is not seen into NaN.
         max(abs(scale) * LOG2_E, 1e-30),
         tiles.count,
+        splits.number,
+        B,
         T,
         HK,
         G,
@@ -142,12 +147,14 @@ def _by_tile(
         QUERIES=queries,
         HEADS=heads,
         OWN=not leaving and min(least, queries) > 1,
+        SPLIT=splits.active,
         NEGATIVE_SCALE=scale < 0,
         **split_arguments(split_head(Dk), split_head(Dv)),
         BLOCK_N=block_n,
         OWN_N=own_n,
         **launch_options(values),
     )
+    merge_splits(splits, out, lse)
     return shares.own
 
 
@@ -248,7 +255,7 @@ def query_chunk(num_queries: int, bytes_per_query: int) -> int:
     return triton.cdiv(num_queries, triton.cdiv(num_queries, most))
 
 
-@triton.jit(do_not_specialize=["tiles", "T", "stride_bounds"])
+@triton.jit(do_not_specialize=["tiles", "splits", "B", "T", "stride_bounds"])
 def _by_query_kernel(
     q,
     k,
@@ -264,6 +271,8 @@ def _by_query_kernel(
     lse,
     scale_log2,
     tiles,
+    splits,
+    B,
     T,
     HK,
     G,
@@ -283,6 +292,7 @@ def _by_query_kernel(
     QUERIES: tl.constexpr,
     HEADS: tl.constexpr,
     OWN: tl.constexpr,
+    SPLIT: tl.constexpr,
     NEGATIVE_SCALE: tl.constexpr,
     DIM_K: tl.constexpr,
     K_MAIN: tl.constexpr,
@@ -302,9 +312,13 @@ def _by_query_kernel(
     """
     ROWS: tl.constexpr = QUERIES * HEADS
     head_tiles = tl.cdiv(G, HEADS)
-    i_head_tile = tl.program_id(0) % head_tiles
+    i_program = tl.program_id(0)
+    i_split = (i_program % splits).to(tl.int64)
+    if SPLIT:
+        i_program //= splits
+    i_head_tile = i_program % head_tiles
     # All tiles of a KV head run one after the other: its keys and values stay in the cache.
-    i_shares = tl.program_id(0) // head_tiles
+    i_shares = i_program // head_tiles
     i_tile = i_shares % tiles
     i_kv = (i_shares // tiles % HK).to(tl.int64)
     i_batch = (i_shares // tiles // HK).to(tl.int64)
@@ -341,6 +355,9 @@ def _by_query_kernel(
     o_k = o_inside.to(tl.int64) * STRIDE_KS
     o_v = o_inside.to(tl.int64) * STRIDE_VS
     start, end = 0, tl.load(p_counts) * PARTS
+    if SPLIT:
+        low, high = split_range(0, tl.load(p_counts + 1) * PARTS, i_split, splits)
+        start, end = low, tl.maximum(low, tl.minimum(end, high))
     for MASKED in tl.static_range(2):
         for i_part in range(start, end):
             p_block = p_shared + i_part // PARTS * FIELDS
@@ -370,7 +387,7 @@ def _by_query_kernel(
             if V_REST:
                 b_v = load_rows(p_v_tile, o_v, m_key, V_MAIN, V_REST, DIM_V, MASKED)
                 accumulator_rest = dot(b_p.to(b_v.dtype), b_v, accumulator_rest * decay[:, None])
-        start, end = end, tl.load(p_counts + 1) * PARTS
+        start, end = end, high if SPLIT else tl.load(p_counts + 1) * PARTS
 
     if OWN:
         OWN_PARTS: tl.constexpr = SELECT // OWN_N
@@ -421,6 +438,8 @@ def _by_query_kernel(
     running_sum = tl.where(m_empty, 1.0, running_sum)
     b_lse = tl.where(m_empty, float("-inf"), (running_max + tl.log2(running_sum)) * LOG_2)
     o_out = ((i_batch * T + o_query) * HK + i_kv) * G + o_member
+    if SPLIT:
+        o_out += i_split * B * T * HK * G
     tl.store(lse + o_out, b_lse, mask=m_row)
     o_out *= DIM_V
     store_rows(out, accumulator / running_sum[:, None], o_out, m_row, 0, V_MAIN, DIM_V)

@@ -17,7 +17,7 @@ from nsa_port.kernels.results import WholeForward
 from nsa_port.kernels.triton.bounds import all_bounds
 from nsa_port.kernels.triton.combining import combine
 from nsa_port.kernels.triton.host import last_contiguous, on_device_of
-from nsa_port.kernels.triton.interval import _interval_attention as interval_attention
+from nsa_port.kernels.triton.interval import interval_attention
 from nsa_port.kernels.triton.interval_backward import BackwardRows, interval_backward
 from nsa_port.kernels.triton.preparation import gated_rows
 from nsa_port.kernels.triton.selected import attend_selected
@@ -53,7 +53,9 @@ def nsa_attention(
         o_cmp, lse_cmp = interval_attention(q, k_cmp, v_cmp, visible, layout, scale)
         indices = blocks_of(q, k_cmp, lse_cmp, visible, causal, config, layout, scale)
         o_slc, lse_slc = attend_selected(q, k_slc, v_slc, indices, causal, config, layout, scale)
-        o_win, lse_win = interval_attention(q, k_win, v_win, window, layout, scale)
+        o_win, lse_win = interval_attention(
+            q, k_win, v_win, window, layout, scale, config.window_size
+        )
         out = combine(o_cmp, o_slc, o_win, gates)
         lse = torch.stack((lse_cmp, lse_slc, lse_win))
     if not needs_grad:
