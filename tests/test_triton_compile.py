@@ -110,6 +110,17 @@ def test_head_dimensions_between_entries_are_assembled_rightly(
     assert all(not reads_before_writes(build.binary) for build in builds)
 
 
+@pytest.mark.parametrize("kernel", ["interval_forward", "selected_by_query"])
+@pytest.mark.parametrize("dims", [(128, 128), (192, 128)], ids=str)
+def test_what_splits_the_keys_of_few_queries_fits_hopper(
+    kernel: str, dims: tuple[int, int]
+) -> None:
+    with compiling_for("sm_90") as builds:
+        launch(kernel, *dims, torch.bfloat16, T=1)
+    assert {build.name for build in builds} > {FUNCTIONS[kernel], "_merge_splits_kernel"}
+    assert all(build.stack == 0 and not reads_before_writes(build.binary) for build in builds)
+
+
 def test_a_new_length_compiles_nothing() -> None:
     """Lengths, and the strides that follow from them, are no part of a kernel."""
     with compiling_for("sm_90") as builds:
