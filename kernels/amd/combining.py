@@ -13,7 +13,13 @@ from torch import Tensor
 
 from nsa_port.kernels.amd.grids import MOST_LAYERS, rows_of_a_wave
 from nsa_port.kernels.triton import combining
-from nsa_port.kernels.triton.host import last_contiguous, on_device_of, strides
+from nsa_port.kernels.triton.host import (
+    cdiv,
+    last_contiguous,
+    next_power_of_2,
+    on_device_of,
+    strides,
+)
 
 
 def combine(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor) -> Tensor:
@@ -25,7 +31,7 @@ def combine(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor) -> Tenso
     if out.numel():
         heads = rows_of_a_wave(H, Dv)
         with on_device_of(o_cmp):
-            _combine_kernel[(T, triton.cdiv(H, heads), B)](
+            _combine_kernel[(T, cdiv(H, heads), B)](
                 o_cmp,
                 o_slc,
                 o_win,
@@ -58,7 +64,7 @@ def combine_backward(
     if dgates.numel():
         heads = rows_of_a_wave(H, Dv)
         with on_device_of(o_cmp):
-            _combine_backward_kernel[(T, triton.cdiv(H, heads), B)](
+            _combine_backward_kernel[(T, cdiv(H, heads), B)](
                 grad,
                 o_cmp,
                 o_slc,
@@ -81,7 +87,7 @@ def combine_backward(
 
 
 def _sizes(H: int, Dv: int, heads: int) -> dict[str, int | bool]:
-    width = triton.next_power_of_2(Dv)
+    width = next_power_of_2(Dv)
     return {
         "DIM": Dv,
         "WIDTH": width,

@@ -15,7 +15,13 @@ from torch import Tensor
 from nsa_port.kernels.amd.grids import MOST_LAYERS, rows_of_a_wave
 from nsa_port.kernels.geometry import Layout, NSAConfig
 from nsa_port.kernels.triton import compression
-from nsa_port.kernels.triton.host import last_contiguous, on_device_of, strides
+from nsa_port.kernels.triton.host import (
+    cdiv,
+    last_contiguous,
+    next_power_of_2,
+    on_device_of,
+    strides,
+)
 
 _LARGEST_STRIDE = 64
 """Beyond, the tile of tokens that share a gradient would not fit the registers."""
@@ -33,7 +39,7 @@ def mean_compress(x: Tensor, config: NSAConfig, layout: Layout, num_blocks: int)
     if y.numel():
         rows = rows_of_a_wave(num_blocks, D)
         with on_device_of(x):
-            _mean_kernel[(triton.cdiv(num_blocks, rows), HK, B)](
+            _mean_kernel[(cdiv(num_blocks, rows), HK, B)](
                 x,
                 y,
                 min(S, layout.num_keys),
@@ -43,7 +49,7 @@ def mean_compress(x: Tensor, config: NSAConfig, layout: Layout, num_blocks: int)
                 SIZE=config.block_size,
                 STRIDE=config.block_stride,
                 DIM=D,
-                WIDTH=triton.next_power_of_2(D),
+                WIDTH=next_power_of_2(D),
                 ROWS=rows,
                 num_warps=1,
                 num_stages=1,
@@ -61,7 +67,7 @@ def mean_compress_backward(grad: Tensor, config: NSAConfig, layout: Layout) -> T
     dx = torch.empty((B, S, HK, D), dtype=grad.dtype, device=grad.device)
     if dx.numel():
         with on_device_of(grad):
-            _mean_backward_kernel[(triton.cdiv(S, config.block_stride), HK, B)](
+            _mean_backward_kernel[(cdiv(S, config.block_stride), HK, B)](
                 grad,
                 dx,
                 min(C, config.num_compressed(S)),
@@ -71,8 +77,8 @@ def mean_compress_backward(grad: Tensor, config: NSAConfig, layout: Layout) -> T
                 SIZE=config.block_size,
                 STRIDE=config.block_stride,
                 DIM=D,
-                WIDTH=triton.next_power_of_2(D),
-                ROWS=triton.next_power_of_2(config.block_stride),
+                WIDTH=next_power_of_2(D),
+                ROWS=next_power_of_2(config.block_stride),
                 num_warps=1,
                 num_stages=1,
             )

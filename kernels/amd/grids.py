@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import triton
+from nsa_port.kernels.triton.host import next_power_of_2
 
 MOST_LAYERS = 2**16 - 1
 """The longest second and third axis of a grid."""
@@ -13,5 +13,5 @@ _ELEMENTS = 2048
 
 def rows_of_a_wave(count: int, dim: int) -> int:
     """How many of `count` rows of `dim` elements one wave takes at a time, a power of two."""
-    fitting = max(1, _ELEMENTS // triton.next_power_of_2(dim))
-    return min(fitting, triton.next_power_of_2(count))
+    fitting = max(1, _ELEMENTS // next_power_of_2(dim))
+    return min(fitting, next_power_of_2(count))

@@ -11,7 +11,6 @@ Other GPUs, and what the table gives to the kernel by block, go to the shared ke
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -32,6 +31,8 @@ from nsa_port.kernels.triton.bounds import Kind, QueryBounds, query_bounds
 from nsa_port.kernels.triton.host import (
     LOG2_E,
     arch_of,
+    cdiv,
+    next_power_of_2,
     on_device_of,
     split_arguments,
     split_head,
@@ -89,10 +90,10 @@ def attend_selected(
     chip = CHIPS[arch]
     values = dict(tuned(arch, _KERNEL, q.element_size(), Dk, Dv))
     depth = min(chip.depths[q.element_size()], split_head(Dk).main)
-    whole_block = max(16, depth, triton.next_power_of_2(config.select_block_size))
+    whole_block = max(16, depth, next_power_of_2(config.select_block_size))
     block_n = min(values.pop("BLOCK_N"), whole_block)
-    heads = min(values.pop("most_heads"), max(16, triton.next_power_of_2(G)))
-    items = B * HK * triton.cdiv(G, heads) * T
+    heads = min(values.pop("most_heads"), max(16, next_power_of_2(G)))
+    items = B * HK * cdiv(G, heads) * T
     splits = split_keys(items, config.num_selected * config.select_block_size, out, lse)
     items *= splits.number
     rows = block_rows(indices, bounds, config.select_block_size)

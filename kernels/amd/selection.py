@@ -11,7 +11,6 @@ too long for a wave's registers, and indices beyond a buffer's reach go to the s
 
 from __future__ import annotations
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -20,7 +19,7 @@ from nsa_port.kernels.amd.chips import lanes_of
 from nsa_port.kernels.geometry import Layout, NSAConfig
 from nsa_port.kernels.triton import selection
 from nsa_port.kernels.triton.bounds import Kind, QueryBounds, query_bounds
-from nsa_port.kernels.triton.host import arch_of, on_device_of
+from nsa_port.kernels.triton.host import arch_of, cdiv, next_power_of_2, on_device_of
 from nsa_port.kernels.triton.selection import Scored, choose_blocks
 
 _HELD = 32
@@ -63,15 +62,15 @@ def blocks_of(
 def _choose_blocks(indices: Tensor, found: Scored, config: NSAConfig) -> None:
     """`choose_blocks` by the kernel here where it serves."""
     wave = lanes_of(arch_of(indices))
-    width = max(4, triton.next_power_of_2(found.blocks))
+    width = max(4, next_power_of_2(found.blocks))
     far = indices.numel() >= _LARGEST_INDICES
     if not found.folded or far or width > 2 * _HELD * wave:
         choose_blocks(indices, found, config)
         return
-    lanes = min(wave, triton.cdiv(width, _HELD))
+    lanes = min(wave, cdiv(width, _HELD))
     B, T, HK, n = indices.shape
     rows = found.count * found.block_m * B * HK
-    _top_blocks_kernel[(triton.cdiv(rows, wave // lanes),)](
+    _top_blocks_kernel[(cdiv(rows, wave // lanes),)](
         found.scores,
         indices,
         found.tiles.first,
@@ -97,7 +96,7 @@ def _choose_blocks(indices: Tensor, found: Scored, config: NSAConfig) -> None:
         ROWS=wave // lanes,
         LANES=lanes,
         HELD=width // lanes,
-        SLOTS=triton.next_power_of_2(n),
+        SLOTS=next_power_of_2(n),
         num_warps=1,
         num_stages=1,
     )

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_port.kernels.geometry import Layout, NSAConfig
-from nsa_port.kernels.triton.host import bits_of
+from nsa_port.kernels.triton.host import bits_of, cdiv
 from nsa_port.kernels.triton.tiles import LARGEST, find_interval, key_spans, tile_extent
 
 _BLOCK = 256
@@ -91,7 +91,7 @@ def _bounds(
     batches = positions.shape[0] if positions is not None and positions.dim() == 2 else 1
     # Each starts at a multiple of 16 bytes: Triton compiles apart what is aligned and what is not.
     size = batches * num_queries
-    stride = triton.cdiv(size, 4) * 4
+    stride = cdiv(size, 4) * 4
     bounds = torch.empty((len(kinds), 3, stride), dtype=torch.int32, device=device)
     cu_queries, cu_keys, cu_blocks, sequences = layout.cu_seqlens, layout.cu_seqlens_k, None, 1
     if cu_queries is None or cu_keys is None:
@@ -103,7 +103,7 @@ def _bounds(
         sequences = cu_queries.shape[0] - 1
     if positions is not None:
         positions = positions.contiguous()
-    programs = batches * triton.cdiv(num_queries, _BLOCK)
+    programs = batches * cdiv(num_queries, _BLOCK)
     if programs:
         _query_bounds_kernel[(programs, len(kinds))](
             positions,
@@ -215,7 +215,7 @@ class Tiles(NamedTuple):
 def cut_tiles(num_tokens: int, size: int, cu_seqlens: Tensor | None) -> Tiles:
     """The tiles of `size` tokens; all lie in `0 .. num_tokens` whatever `cu_seqlens` holds."""
     if cu_seqlens is None:
-        return Tiles(None, None, None, triton.cdiv(num_tokens, size))
+        return Tiles(None, None, None, cdiv(num_tokens, size))
     cu_seqlens = cu_seqlens.to(torch.int32)
     sequences = cu_seqlens.shape[0] - 1
     count = num_tokens // size + sequences
@@ -251,7 +251,7 @@ def query_ranges(
     full_stop - 1` see all of it.
     """
     batches, num_queries = bounds.lower.shape
-    parts = triton.cdiv(num_queries, _PART_QUERIES)
+    parts = cdiv(num_queries, _PART_QUERIES)
     device = bounds.lower.device
     extents = torch.empty((batches, 4, parts), dtype=torch.int32, device=device)
     ranges = torch.empty((batches, keys.count, 4), dtype=torch.int32, device=device)

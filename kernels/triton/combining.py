@@ -7,7 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_port.kernels.triton.host import last_contiguous, on_device_of, strides
+from nsa_port.kernels.triton.host import (
+    cdiv,
+    last_contiguous,
+    next_power_of_2,
+    on_device_of,
+    strides,
+)
 from nsa_port.kernels.triton.tiles import split_row
 
 _ROWS = 16
@@ -19,7 +25,7 @@ def combine(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor) -> Tenso
     out = torch.empty((B, T, H, Dv), dtype=o_cmp.dtype, device=o_cmp.device)
     if out.numel():
         with on_device_of(o_cmp):
-            _combine_kernel[(triton.cdiv(B * T * H, _ROWS),)](
+            _combine_kernel[(cdiv(B * T * H, _ROWS),)](
                 o_cmp,
                 o_slc,
                 o_win,
@@ -33,7 +39,7 @@ def combine(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor) -> Tenso
                 *strides(o_win),
                 *gates.stride(),
                 DIM=Dv,
-                WIDTH=triton.next_power_of_2(Dv),
+                WIDTH=next_power_of_2(Dv),
                 ROWS=_ROWS,
                 num_warps=4,
             )
@@ -53,7 +59,7 @@ def combine_backward(
     dgates = torch.empty((B, T, H, 3), dtype=gates.dtype, device=gates.device)
     if dgates.numel():
         with on_device_of(o_cmp):
-            _combine_backward_kernel[(triton.cdiv(B * T * H, _ROWS),)](
+            _combine_backward_kernel[(cdiv(B * T * H, _ROWS),)](
                 grad,
                 o_cmp,
                 o_slc,
@@ -72,7 +78,7 @@ def combine_backward(
                 *strides(o_win),
                 *gates.stride(),
                 DIM=Dv,
-                WIDTH=triton.next_power_of_2(Dv),
+                WIDTH=next_power_of_2(Dv),
                 ROWS=_ROWS,
                 num_warps=4,
             )

@@ -8,7 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_port.kernels.geometry import Layout, NSAConfig
-from nsa_port.kernels.triton.host import bits_of, last_contiguous, on_device_of, strides
+from nsa_port.kernels.triton.host import (
+    bits_of,
+    cdiv,
+    last_contiguous,
+    next_power_of_2,
+    on_device_of,
+    strides,
+)
 from nsa_port.kernels.triton.tiles import find_interval
 
 _ROWS = 16
@@ -46,7 +53,7 @@ def _launch(
         cu_tokens = layout.cu_seqlens_k.contiguous()
         cu_blocks = layout.compressed_cu_seqlens(config)
         sequences = cu_tokens.shape[0] - 1
-    kernel[(triton.cdiv(num_rows * HK, _ROWS) * B,)](
+    kernel[(cdiv(num_rows * HK, _ROWS) * B,)](
         x,
         y,
         cu_tokens,
@@ -61,7 +68,7 @@ def _launch(
         config.block_stride,
         *strides(x),
         DIM=D,
-        WIDTH=triton.next_power_of_2(D),
+        WIDTH=next_power_of_2(D),
         ROWS=_ROWS,
         num_warps=4,
     )

@@ -31,8 +31,8 @@ def split_head(dim: int) -> HeadSplit:
     Matrix units want at least 16 columns. Only multiples of 16 are cut, and not into parts below
     32 columns: the rows of other dimensions are not aligned enough to be copied asynchronously.
     """
-    whole = max(16, triton.next_power_of_2(dim))
-    main, rest = whole // 2, max(32, triton.next_power_of_2(max(1, dim - whole // 2)))
+    whole = max(16, next_power_of_2(dim))
+    main, rest = whole // 2, max(32, next_power_of_2(max(1, dim - whole // 2)))
     if dim % 16 or dim == whole or rest >= main:
         return HeadSplit(dim, whole, 0)
     return HeadSplit(dim, main, rest)
@@ -48,6 +48,16 @@ def split_arguments(key: HeadSplit, value: HeadSplit) -> dict[str, int]:
         "V_MAIN": value.main,
         "V_REST": value.rest,
     }
+
+
+def cdiv(number: int, size: int) -> int:
+    """`number / size`, rounded up. Triton's own is a function for kernels too, and slow here."""
+    return -(-number // size)
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is not below the number."""
+    return 1 << max(number - 1, 0).bit_length()
 
 
 def strides(tensor: Tensor) -> tuple[int, ...]:

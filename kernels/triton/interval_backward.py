@@ -26,6 +26,7 @@ from nsa_port.kernels.triton.bounds import (
 from nsa_port.kernels.triton.host import (
     LOG2_E,
     arch_of,
+    cdiv,
     last_contiguous,
     on_device_of,
     split_arguments,
@@ -187,7 +188,7 @@ def _key_gradients(problem: Problem, cu_rows: Tensor | None) -> tuple[Tensor, Te
     values = on_hopper or tuned(arch_of(q), "interval_dkdv", q.element_size(), Dk, Dv)
     block_n = values["BLOCK_N"]
     keys = cut_tiles(S, block_n, cu_rows)
-    splits = _splits(triton.cdiv(S, block_n) * B * HK, H // HK)
+    splits = _splits(cdiv(S, block_n) * B * HK, H // HK)
     dtype = torch.float32 if splits > 1 else k.dtype
     # Rows that belong to no packed sequence are in no tile.
     allocate = torch.empty if cu_rows is None else torch.zeros

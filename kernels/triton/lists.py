@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_port.kernels.triton.bounds import QueryBounds
+from nsa_port.kernels.triton.host import cdiv, next_power_of_2
 from nsa_port.kernels.triton.tiles import split_row
 
 _PARTS = 512
@@ -40,7 +41,7 @@ def block_rows(indices: Tensor, bounds: QueryBounds, select_block_size: int) -> 
     rows = torch.empty((B, T, HK, n), dtype=torch.int32, device=indices.device)
     if rows.numel():
         stride_b, stride_t, stride_h = indices.stride()[:-1]
-        _block_rows_kernel[(triton.cdiv(B * T * HK, _ROWS),)](
+        _block_rows_kernel[(cdiv(B * T * HK, _ROWS),)](
             indices,
             rows,
             bounds.lower,
@@ -54,7 +55,7 @@ def block_rows(indices: Tensor, bounds: QueryBounds, select_block_size: int) -> 
             stride_t,
             stride_h,
             select_block_size,
-            SLOTS=triton.next_power_of_2(n),
+            SLOTS=next_power_of_2(n),
             ROWS=_ROWS,
             num_warps=4,
         )
@@ -145,19 +146,19 @@ def block_lists(
     device = rows.device
     blocks = num_keys // select_block_size + num_sequences
     bins = B * HK * blocks
-    part = max(_PART_QUERIES, triton.cdiv(num_queries, _PARTS))
-    parts = triton.cdiv(num_queries, part)
+    part = max(_PART_QUERIES, cdiv(num_queries, _PARTS))
+    parts = cdiv(num_queries, part)
     offsets = torch.zeros((parts, bins), dtype=torch.int32, device=device)
     counts = torch.empty(bins, dtype=torch.int32, device=device)
     entries = torch.empty(B * num_queries * HK * n, dtype=torch.int32, device=device)
-    slots = triton.next_power_of_2(n)
+    slots = next_power_of_2(n)
     common = (
         rows, bounds.sequence, offsets, first_query, num_queries, T, HK, n, part, blocks, bins,
         bounds.stride, select_block_size,
     )  # fmt: skip
     grid = (parts * B * HK,)
     _count_kernel[grid](*common, SLOTS=slots, QUERIES=max(1, 256 // slots), num_warps=4)
-    _scan_kernel[(triton.cdiv(bins, _SCAN_BINS),)](
+    _scan_kernel[(cdiv(bins, _SCAN_BINS),)](
         offsets, counts, parts, bins, PARTS=_SCAN_PARTS, BINS=_SCAN_BINS, num_warps=4
     )
     starts, segment_ends = torch.empty_like(counts), torch.empty_like(counts)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_port.kernels.triton.host import last_contiguous, strides
+from nsa_port.kernels.triton.host import cdiv, last_contiguous, next_power_of_2, strides
 from nsa_port.kernels.triton.tiles import LOG2_E, split_row
 
 _ROWS = 16
@@ -37,7 +37,7 @@ def backward_rows(
     if rows:
         lse = last_contiguous(lse)
         grad_lse = None if grad_lse is None else last_contiguous(grad_lse)
-        _backward_rows_kernel[(triton.cdiv(rows, _ROWS),)](
+        _backward_rows_kernel[(cdiv(rows, _ROWS),)](
             grad_out,
             grad_lse,
             out,
@@ -54,7 +54,7 @@ def backward_rows(
             T * H,
             *((1, T) if by_head else (H, 1)),
             DIM_V=Dv,
-            WIDTH=triton.next_power_of_2(Dv),
+            WIDTH=next_power_of_2(Dv),
             ROWS=_ROWS,
             num_warps=4,
         )
@@ -142,7 +142,7 @@ def gated_rows(
     B, T, H, Dv = outputs[0].shape
     rows = torch.empty((3, 3, B * T * H), dtype=torch.float32, device=grad.device)
     dgates = torch.empty((B, T, H, 3), dtype=gates.dtype, device=grad.device)
-    grid = (triton.cdiv(T, _TILE) * triton.cdiv(H, _TILE) * B,)
+    grid = (cdiv(T, _TILE) * cdiv(H, _TILE) * B,)
     if rows.numel():
         _gated_rows_kernel[grid](
             grad,
@@ -157,7 +157,7 @@ def gated_rows(
             *strides(grad),
             *gates.stride(),
             DIM_V=Dv,
-            WIDTH=triton.next_power_of_2(Dv),
+            WIDTH=next_power_of_2(Dv),
             TILE=_TILE,
             num_warps=8,
         )

@@ -22,7 +22,9 @@ from nsa_port.kernels.triton.bounds import Kind, QueryBounds, cut_tiles, query_b
 from nsa_port.kernels.triton.host import (
     LOG2_E,
     arch_of,
+    cdiv,
     launch_options,
+    next_power_of_2,
     on_device_of,
     split_arguments,
     split_head,
@@ -102,19 +104,19 @@ def _by_tile(
     HK, Dv = v.shape[2:]
     G, m, n = H // HK, config.select_block_size, config.num_selected
     values = tuned(arch_of(q), "selected_by_query", q.element_size(), Dk, Dv)
-    heads = min(values["BLOCK_M"], max(4 if leaving else 16, triton.next_power_of_2(G)))
-    splits = split_keys(T * B * HK * triton.cdiv(G, heads), n * m, out, lse)
+    heads = min(values["BLOCK_M"], max(4 if leaving else 16, next_power_of_2(G)))
+    splits = split_keys(T * B * HK * cdiv(G, heads), n * m, out, lse)
     # With too few queries to fill the GPU none waits for another's blocks.
     queries = 1 if splits.active else min(values["BLOCK_M"] // heads, most_queries(n))
     heads = max(heads, 16 // queries)
-    largest = max(16, triton.next_power_of_2(m))
+    largest = max(16, next_power_of_2(m))
     block_n, own_n = (min(values[name], largest) for name in ("BLOCK_N", "OWN_N"))
     even = m % block_n == 0 and m % own_n == 0
     # With more heads than the matrix units' 16 rows, every block is worth a tile of its own.
     least = leaving or (values["least_sharing"] if heads == 16 and even else 1)
     tiles = cut_tiles(T, queries, layout.cu_seqlens)
     shares = share_blocks(indices, bounds, m, tiles, queries, min(least, queries), even)
-    _by_query_kernel[(tiles.count * B * HK * triton.cdiv(G, heads) * splits.number,)](
+    _by_query_kernel[(tiles.count * B * HK * cdiv(G, heads) * splits.number,)](
         q,
         k,
         v,
@@ -175,8 +177,8 @@ def _by_block(
     B, T, H, Dk = q.shape
     S, HK, Dv = v.shape[1:]
     G, n = H // HK, config.num_selected
-    block_n = min(tuned_block["BLOCK_N"], max(16, triton.next_power_of_2(config.select_block_size)))
-    parts = triton.cdiv(config.select_block_size, block_n)
+    block_n = min(tuned_block["BLOCK_N"], max(16, next_power_of_2(config.select_block_size)))
+    parts = cdiv(config.select_block_size, block_n)
     chunk = query_chunk(T, B * H * n * parts * (Dv * q.element_size() + 4))
     partial_shape = (chunk, B, HK, n * parts, G)
     partial_out = torch.empty((*partial_shape, Dv), dtype=q.dtype, device=q.device)
@@ -239,12 +241,12 @@ def _by_block(
             B,
             HK,
             G=G,
-            HEADS=triton.next_power_of_2(G),
+            HEADS=next_power_of_2(G),
             SLOTS=n,
-            WIDTH_SLOTS=triton.next_power_of_2(n),
+            WIDTH_SLOTS=next_power_of_2(n),
             PARTS=parts,
             DIM_V=Dv,
-            WIDTH=triton.next_power_of_2(Dv),
+            WIDTH=next_power_of_2(Dv),
             num_warps=4,
         )
 
@@ -252,7 +254,7 @@ def _by_block(
 def query_chunk(num_queries: int, bytes_per_query: int) -> int:
     """How many queries to work on at a time so that their partial results fit, in equal parts."""
     most = max(64, PARTIAL_BYTES // bytes_per_query)
-    return triton.cdiv(num_queries, triton.cdiv(num_queries, most))
+    return cdiv(num_queries, cdiv(num_queries, most))
 
 
 @triton.jit(do_not_specialize=["tiles", "splits", "B", "T", "stride_bounds"])

@@ -21,8 +21,10 @@ from nsa_port.kernels.triton.bounds import Kind, QueryBounds, query_bounds
 from nsa_port.kernels.triton.host import (
     LOG2_E,
     arch_of,
+    cdiv,
     last_contiguous,
     launch_options,
+    next_power_of_2,
     on_device_of,
     split_arguments,
     split_head,
@@ -102,8 +104,8 @@ def selected_gradients(
         values = tuned(arch_of(q), "selected_backward", q.element_size(), Dk, Dv)
         # As many rows in a program for small groups as for 16 heads, whose the table's values are.
         segment = values["segment"] * max(1, 16 // G)
-        block_n = min(values["BLOCK_N"], max(16, triton.next_power_of_2(config.select_block_size)))
-        parts = triton.cdiv(config.select_block_size, block_n)
+        block_n = min(values["BLOCK_N"], max(16, next_power_of_2(config.select_block_size)))
+        parts = cdiv(config.select_block_size, block_n)
         chunk = query_chunk(T, B * H * n * parts * Dk * q.element_size())
         partial_dq = torch.empty((chunk, B, HK, n * parts, G, Dk), dtype=q.dtype, device=q.device)
         # Lists of more than one segment have less than two segments per `segment` entries.
@@ -186,8 +188,8 @@ def selected_gradients(
                 **sizes,
                 DIM_K=Dk,
                 DIM_V=Dv,
-                WIDTH_K=triton.next_power_of_2(Dk),
-                WIDTH_V=triton.next_power_of_2(Dv),
+                WIDTH_K=next_power_of_2(Dk),
+                WIDTH_V=next_power_of_2(Dv),
                 num_warps=8,
             )
             _sum_dq_kernel[(count * B * HK,)](
@@ -199,11 +201,11 @@ def selected_gradients(
                 B,
                 HK,
                 G=G,
-                HEADS=triton.next_power_of_2(G),
+                HEADS=next_power_of_2(G),
                 SLOTS=n,
                 PARTS=parts,
                 DIM_K=Dk,
-                WIDTH=triton.next_power_of_2(Dk),
+                WIDTH=next_power_of_2(Dk),
                 ADD=add_dq,
                 num_warps=4,
             )

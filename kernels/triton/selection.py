@@ -27,7 +27,9 @@ from nsa_port.kernels.triton.bounds import (
 from nsa_port.kernels.triton.host import (
     LOG2_E,
     arch_of,
+    cdiv,
     last_contiguous,
+    next_power_of_2,
     on_device_of,
     split_head,
     strides,
@@ -81,7 +83,7 @@ def choose_blocks(indices: Tensor, found: Scored, config: NSAConfig) -> None:
     top_rows = max(1, 1024 // top_block)
     rows = found.count * found.block_m * B * HK
     tiles, visible, causal = found.tiles, found.visible, found.causal
-    _top_blocks_kernel[(triton.cdiv(rows, top_rows),)](
+    _top_blocks_kernel[(cdiv(rows, top_rows),)](
         found.scores,
         indices,
         tiles.first,
@@ -109,7 +111,7 @@ def choose_blocks(indices: Tensor, found: Scored, config: NSAConfig) -> None:
         BLOCK_M=found.block_m,
         BLOCK_J=top_block,
         ROWS=top_rows,
-        SLOTS=triton.next_power_of_2(n),
+        SLOTS=next_power_of_2(n),
         FOLDED=found.folded,
         HELD=found.blocks <= top_block,
         ALIGNED=_ALIGNED,
@@ -162,7 +164,7 @@ def blocks_of(
     per_compressed = config.block_size // config.block_stride
     folded = config.score_map == "overlap" and block_n % per_select == 0 and _is_power(per_select)
     num_compressed = max(1, min(C, config.num_compressed(layout.num_keys)))
-    columns = triton.cdiv(blocks if folded else num_compressed, _ALIGNED) * _ALIGNED
+    columns = cdiv(blocks if folded else num_compressed, _ALIGNED) * _ALIGNED
     columns *= 2 if folded else 1
     chunk = max(1, min(tiles.count, _SCORE_BYTES // (4 * B * HK * columns * block_m)))
     scores = torch.empty(
@@ -175,7 +177,7 @@ def blocks_of(
             seen = layout.num_keys - T + min(T, (first_tile + count) * block_m)
             blocks = max(1, config.num_select_blocks(seen))
             num_compressed = max(1, min(C, config.num_compressed(seen)))
-        key_tiles = triton.cdiv(num_compressed, block_n)
+        key_tiles = cdiv(num_compressed, block_n)
         if scored:
             _block_scores_kernel[(count * key_tiles * B * HK,)](
                 q,

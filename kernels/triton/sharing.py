@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_port.kernels.triton.bounds import QueryBounds, Tiles, tile_of
+from nsa_port.kernels.triton.host import next_power_of_2
 
 FIELDS = tl.constexpr(3)
 """A shared block's numbers: its first key row, the queries of the tile that chose it, as bits, and
@@ -48,7 +49,7 @@ class SharedBlocks(NamedTuple):
 
 def most_queries(num_selected: int) -> int:
     """How many queries a tile may have: their bits and comparisons stay in registers."""
-    slots = triton.next_power_of_2(num_selected)
+    slots = next_power_of_2(num_selected)
     return min(16, max(1, _LARGEST_TILE // slots**2))
 
 
@@ -69,7 +70,7 @@ def share_blocks(
     Unless `even`, every shared block counts as one that is not seen to the end.
     """
     B, T, HK, n = indices.shape
-    slots = triton.next_power_of_2(n)
+    slots = next_power_of_2(n)
     # A query sees all blocks but the one it stands in to the end.
     kept = min(queries * n, queries * n // least + queries)
     shapes = (

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_port.kernels.triton.host import multiprocessors
+from nsa_port.kernels.triton.host import cdiv, multiprocessors
 from nsa_port.kernels.triton.tiles import LOG2_E, LOG_2
 
 _MOST_SPLITS = 64
@@ -52,7 +52,7 @@ def split_keys(programs: int, most_keys: int, out: Tensor, lse: Tensor) -> Split
     wanted = (_PROGRAMS_WITHOUT_GPU if on_cpu else multiprocessors(out.device)) // programs
     if wanted < 2:
         return Splits(1, False, out, lse)
-    number = max(1, min(wanted, _MOST_SPLITS, -(-most_keys // _FEWEST_KEYS)))
+    number = max(1, min(wanted, _MOST_SPLITS, cdiv(most_keys, _FEWEST_KEYS)))
     partial_out = torch.empty((number, *out.shape), dtype=torch.float32, device=out.device)
     partial_lse = torch.empty((number, *lse.shape), dtype=torch.float32, device=out.device)
     return Splits(number, True, partial_out, partial_lse)
@@ -63,7 +63,7 @@ def merge_splits(splits: Splits, out: Tensor, lse: Tensor) -> None:
     if not splits.active:
         return
     dim = out.shape[-1]
-    _merge_splits_kernel[(lse.numel(), -(-dim // _WIDTH))](
+    _merge_splits_kernel[(lse.numel(), cdiv(dim, _WIDTH))](
         splits.out,
         splits.lse,
         out,
