@@ -24,14 +24,18 @@ def triton_reasons(
         distribution: what to install.
     """
     triton = environment.triton
-    if triton is None:
+    if triton is None or not (triton.version or triton.backends):
+        owners = triton.owners if triton else ()
+        listed = f", although {' and '.join(owners)} count as installed" if owners else ""
         return (
             Reason(
                 "triton_missing",
-                "there is no module triton",
-                value="not installed",
+                f"there is no module triton{listed}",
+                value="its files are gone" if owners else "not installed",
                 bound=f"triton >= {least} with its {compiler} compiler",
-                remedy=f"pip install {distribution}",
+                remedy=_reinstall(owners, distribution)
+                if owners
+                else f"pip install {distribution}",
             ),
         )
     found = []

@@ -87,10 +87,15 @@ def _device_name(device_type: str, index: int | None) -> str:
 
 @functools.lru_cache(maxsize=1)
 def find_triton() -> TritonInfo | None:
-    """The Triton that `import triton` would give, read from its folder and not imported."""
+    """The Triton that `import triton` would give, read from its folder and not imported.
+
+    Without compilers and version where pip lists one whose folder is gone: uninstalling one of two
+    distributions takes the files that they share.
+    """
     folder = _triton_folder()
+    owners = tuple(name for name in _TRITON_DISTRIBUTIONS if _installed(name))
     if folder is None:
-        return None
+        return TritonInfo("", (), owners) if owners else None
     text = (folder / "__init__.py").read_text(encoding="utf-8", errors="replace")
     version = re.search(r"__version__\s*=\s*['\"]([^'\"]+)", text)
     backends = folder / "backends"
@@ -98,7 +103,7 @@ def find_triton() -> TritonInfo | None:
     return TritonInfo(
         version=version.group(1) if version else "",
         backends=tuple(name for name in found if not name.startswith("_")),
-        owners=tuple(name for name in _TRITON_DISTRIBUTIONS if _installed(name)),
+        owners=owners,
     )
 
 

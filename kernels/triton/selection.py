@@ -44,6 +44,10 @@ _SCORE_BYTES = 2**28
 _TOP_BLOCKS = (128, 256, 512, 1024, 4096)
 """Blocks a top-n program holds in registers; beyond the last it reads them again at each step."""
 
+_FEWEST_SLOTS = 16
+"""Groups of blocks from which the search starts; with 1 or 2, each lane would hold every block of
+its rows, and LLVM takes minutes, or does not end, over so many registers."""
+
 _ALIGNED = 4
 """A row of scores has a multiple of so many columns, so that they are loaded four at a time."""
 
@@ -111,7 +115,7 @@ def choose_blocks(indices: Tensor, found: Scored, config: NSAConfig) -> None:
         BLOCK_M=found.block_m,
         BLOCK_J=top_block,
         ROWS=top_rows,
-        SLOTS=next_power_of_2(n),
+        SLOTS=max(_FEWEST_SLOTS, next_power_of_2(n)),
         FOLDED=found.folded,
         HELD=found.blocks <= top_block,
         ALIGNED=_ALIGNED,
