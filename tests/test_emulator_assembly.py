@@ -48,20 +48,20 @@ def test_m0_has_another_number_on_rdna() -> None:
 
 def test_the_encoding_is_no_part_of_the_name() -> None:
     for text in ("v_add_f32_e32 v0, v1, v2", "v_add_f32_e64 v0, v1, v2", "v_add_f32 v0, v1, v2"):
-        assert parse_instruction(text, 0, CDNA3).name == "v_add_f32"
-    dpp = parse_instruction("v_add_f32_e64_dpp v0, v1, v2 row_shr:1 bound_ctrl:0", 0, RDNA3)
+        assert parse_instruction(text, CDNA3).name == "v_add_f32"
+    dpp = parse_instruction("v_add_f32_e64_dpp v0, v1, v2 row_shr:1 bound_ctrl:0", RDNA3)
     assert (dpp.name, dpp.is_dpp, dpp.number("row_shr")) == ("v_add_f32", True, 1)
-    assert parse_instruction("v_mov_b32_sdwa v0, v1 src0_sel:BYTE_1", 0, CDNA3).is_sdwa
+    assert parse_instruction("v_mov_b32_sdwa v0, v1 src0_sel:BYTE_1", CDNA3).is_sdwa
 
 
 def test_modifiers_are_numbers_lists_or_words() -> None:
     instruction = parse_instruction(
-        "v_pk_fma_f32 v[0:1], v[2:3], s[4:5], v[6:7] op_sel_hi:[1,0,1] clamp", 0, CDNA3
+        "v_pk_fma_f32 v[0:1], v[2:3], s[4:5], v[6:7] op_sel_hi:[1,0,1] clamp", CDNA3
     )
     assert instruction.numbers("op_sel_hi", []) == [1, 0, 1]
     assert instruction.number("clamp") == 1
     assert instruction.number("absent", 7) == 7
-    load = parse_instruction("buffer_load_dwordx4 v[0:3], v4, s[0:3], 0 offen offset:16", 0, CDNA3)
+    load = parse_instruction("buffer_load_dwordx4 v[0:3], v4, s[0:3], 0 offen offset:16", CDNA3)
     assert (load.number("offset"), "offen" in load.modifiers) == (16, True)
     assert [operand.kind for operand in load.operands] == [
         "vector",
@@ -69,14 +69,12 @@ def test_modifiers_are_numbers_lists_or_words() -> None:
         "scalar",
         "constant",
     ]
-    swizzle = parse_instruction(
-        'ds_swizzle_b32 v0, v1 offset:swizzle(BITMASK_PERM,"00p10")', 0, CDNA3
-    )
+    swizzle = parse_instruction('ds_swizzle_b32 v0, v1 offset:swizzle(BITMASK_PERM,"00p10")', CDNA3)
     assert swizzle.word("offset") == 'swizzle(BITMASK_PERM,"00p10")'
 
 
 def test_a_dual_instruction_has_two_halves() -> None:
-    both = parse_instruction("v_dual_mov_b32 v0, v1 :: v_dual_add_f32 v2, v3, v4", 0, RDNA3)
+    both = parse_instruction("v_dual_mov_b32 v0, v1 :: v_dual_add_f32 v2, v3, v4", RDNA3)
     assert both.halves is not None
     assert [half.name for half in both.halves] == ["v_mov_b32", "v_add_f32"]
 
@@ -115,7 +113,7 @@ def test_a_program_has_labels_lines_descriptor_and_arguments() -> None:
     assert parsed.architecture.name == "gfx942"
     assert [instruction.name for instruction in parsed.instructions] == ["s_mov_b32", "s_branch"]
     assert parsed.labels == {"kernel": 0, ".LBB0_1": 1}
-    assert parsed.instructions[0].source_line == 12
+    assert parsed.source_lines[0] == 12
     assert parsed.descriptor["user_sgpr_count"] == 6
     assert parsed.arguments == [
         Argument(0, 8, "global_buffer"),

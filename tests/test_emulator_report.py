@@ -50,12 +50,12 @@ kernel:
 )
 def test_cycles(architecture: str, text: str, expected: float) -> None:
     gpu = ARCHITECTURES[architecture]
-    assert issue_cycles(parse_instruction(text, 0, gpu), gpu) == expected
+    assert issue_cycles(parse_instruction(text, gpu), gpu) == expected
 
 
 def test_a_format_without_a_rate_is_refused() -> None:
     gpu = ARCHITECTURES["gfx950"]
-    instruction = parse_instruction("v_mfma_f32_16x16x8_xf32 v[0:3], v0, v1, 0", 0, gpu)
+    instruction = parse_instruction("v_mfma_f32_16x16x8_xf32 v[0:3], v0, v1, 0", gpu)
     with pytest.raises(EmulatorError, match="no rate for matrices of xf32"):
         issue_cycles(instruction, gpu)
 
@@ -72,7 +72,7 @@ def test_a_format_without_a_rate_is_refused() -> None:
     ],
 )
 def test_classes(text: str, expected: str) -> None:
-    assert class_of(parse_instruction(text, 0, ARCHITECTURES["gfx942"])) == expected
+    assert class_of(parse_instruction(text, ARCHITECTURES["gfx942"])) == expected
 
 
 def test_what_the_compiler_made_of_a_kernel() -> None:

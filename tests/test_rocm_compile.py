@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,3 +91,21 @@ def test_group_sizes_that_fill_no_tile_fit_too(kernel: str) -> None:
     for group in (1, 5, 40):
         shape = replace(Shape(64, 2048), group=group)
         assert built("gfx942", kernel, shape, {}).problems() == ()
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx1100"])
+def test_the_choice_of_a_single_block_compiles_in_time(arch: str) -> None:
+    """In a process of its own: nothing here can stop LLVM once it has begun."""
+    code = (
+        "import sys, torch\n"
+        "from nsa_port.kernels import amd\n"
+        "from nsa_port.kernels.geometry import Layout, NSAConfig\n"
+        "from nsa_port.tune.compile_only import compiling_for\n"
+        "config = NSAConfig(16, 8, 32, 1, init_blocks=0, local_blocks=1, window_size=1)\n"
+        "q, k, lse = torch.zeros(1, 59, 2, 32), torch.zeros(1, 6, 1, 32), torch.zeros(1, 59, 2)\n"
+        "with compiling_for(sys.argv[1]) as builds:\n"
+        "    amd.select_blocks(q, k, lse, config, Layout(59), 0.1)\n"
+        "assert all(build.stack == 0 for build in builds)\n"
+    )
+    root = Path(__file__).parent.parent
+    subprocess.run([sys.executable, "-c", code, arch], cwd=root, timeout=180, check=True)

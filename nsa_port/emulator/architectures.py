@@ -32,6 +32,9 @@ class Architecture:
     flushes_half_subnormals: bool = False
     matrix_flops: Mapping[str, int] = field(default_factory=dict)
 
+    def __hash__(self) -> int:
+        return hash(self.name)
+
     @property
     def lanes(self) -> int:
         """Lanes of a wave, as Triton compiles for this GPU."""

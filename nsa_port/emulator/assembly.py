@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from nsa_port.emulator.architectures import Architecture, architecture_named
 
@@ -37,6 +38,8 @@ _NO_OPERANDS = {"null", "off"}
 _REGISTER = re.compile(r"(v|s|a|ttmp)(?:(\d+)|\[(\d+)(?::(\d+))?\])$")
 _INTEGER = re.compile(r"-?(?:0x[0-9a-fA-F]+|\d+)$")
 _FLOAT = re.compile(r"-?\d+\.\d*(?:e[-+]?\d+)?$")
+_LOCATION = re.compile(r"\.loc\s+\d+\s+(\d+)")
+_LABEL = re.compile(r"([.\w$]+):$")
 _ENCODING = re.compile(r"(_e32|_e64)?(_dpp8|_dpp|_sdwa)?$")
 _WORDS = re.compile(
     r"offset:swizzle\([^)]*\)"  # ds_swizzle's pattern has commas and brackets of its own
@@ -45,6 +48,9 @@ _WORDS = re.compile(
     r"|\S+"
 )
 _REGISTER_RANGE = re.compile(r"-?\|?\(?(?:[vsa]|ttmp)\[")
+
+_REMEMBERED = 2**16
+"""Lines and operands that are parsed once; those of a few hundred kernels."""
 
 Modifier = int | str | list[int]
 
@@ -85,20 +91,23 @@ NONE = Operand("none")
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One line: its name without the encoding's suffix, operands, modifiers, and where it was.
+    """One line: its name without the encoding's suffix, operands and modifiers.
+
+    Kernels share those of the same text, and what `decoder` makes of them.
 
     halves: the two instructions that RDNA issues together when the line is a `v_dual_*` pair.
-    source_line: the line of the Python source, from the debug information; 0 if there is none.
     """
 
     name: str
     operands: tuple[Operand, ...]
     modifiers: Mapping[str, Modifier]
     text: str
-    source_line: int
     is_dpp: bool = False
     is_sdwa: bool = False
     halves: tuple[Instruction, Instruction] | None = None
+
+    def __hash__(self) -> int:
+        return hash(self.text)
 
     def number(self, modifier: str, default: int = 0) -> int:
         """An integer modifier's value."""
@@ -134,11 +143,16 @@ class Argument:
 
 @dataclass(slots=True)
 class Program:
-    """A kernel's assembly, parsed; `Program.parse(text)` makes it."""
+    """A kernel's assembly, parsed; `Program.parse(text)` makes it.
+
+    source_lines: for each instruction, the line of the Python source from the debug information; 0
+        if there is none.
+    """
 
     architecture: Architecture
     name: str = ""
     instructions: list[Instruction] = field(default_factory=list)
+    source_lines: list[int] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     descriptor: dict[str, int] = field(default_factory=dict)
     arguments: list[Argument] = field(default_factory=list)
@@ -166,14 +180,15 @@ class Program:
             line = raw.split(";")[0].strip()
             if line.startswith(".section") and ".rodata" in line:
                 return
-            location = re.match(r"\.loc\s+\d+\s+(\d+)", line)
-            label = re.match(r"([.\w$]+):$", line)
+            location = _LOCATION.match(line)
+            label = _LABEL.match(line)
             if location:
                 source_line = int(location.group(1))
             elif label:
                 self.labels[label.group(1)] = len(self.instructions)
-            elif re.match(r"[a-z]", line):
-                self.instructions.append(parse_instruction(line, source_line, self.architecture))
+            elif "a" <= line[:1] <= "z":
+                self.instructions.append(parse_instruction(line, self.architecture))
+                self.source_lines.append(source_line)
 
 
 def _arguments(text: str) -> list[Argument]:
@@ -188,13 +203,12 @@ def _arguments(text: str) -> list[Argument]:
     ]
 
 
-def parse_instruction(text: str, source_line: int, architecture: Architecture) -> Instruction:
+@lru_cache(maxsize=_REMEMBERED)
+def parse_instruction(text: str, architecture: Architecture) -> Instruction:
     """Parse one line of assembly."""
     if "::" in text:
-        first, second = (
-            parse_instruction(half.strip(), source_line, architecture) for half in text.split("::")
-        )
-        return Instruction("v_dual", (), {}, text, source_line, halves=(first, second))
+        first, second = (parse_instruction(half.strip(), architecture) for half in text.split("::"))
+        return Instruction("v_dual", (), {}, text, halves=(first, second))
     mnemonic, *after = text.split(None, 1)
     rest = after[0] if after else ""
     name = _ENCODING.sub("", _ENCODING.sub("", mnemonic)).replace("v_dual_", "v_", 1)
@@ -213,7 +227,6 @@ def parse_instruction(text: str, source_line: int, architecture: Architecture) -
         tuple(operands),
         modifiers,
         text,
-        source_line,
         is_dpp="_dpp" in mnemonic,
         is_sdwa="_sdwa" in mnemonic,
     )
@@ -246,6 +259,7 @@ def _parse_modifier(word: str) -> tuple[str, Modifier]:
     return key, value
 
 
+@lru_cache(maxsize=_REMEMBERED)
 def parse_operand(text: str, architecture: Architecture) -> Operand:
     """Parse one operand, with the signs and bars around it."""
     text = _inside(text, r"lit(?:64)?\((.*)\)$") or text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from nsa_port.emulator import (
     atomics,
@@ -128,6 +129,7 @@ def _do_nothing(waves: Waves) -> None:
     """What an instruction does that only concerns timing."""
 
 
+@lru_cache(maxsize=2**16)
 def step_of(instruction: Instruction, architecture: Architecture) -> Step:
     """One instruction, ready to run; if it is unknown, a step that says so."""
     try:

@@ -238,7 +238,8 @@ class Run:
         """The same error, saying which instruction it was and who ran it."""
         instruction = self.program.instructions[place]
         workgroups = np.unique(self.waves.workgroup[self.waves.chosen])
-        source = f", source line {instruction.source_line}" if instruction.source_line else ""
+        line = self.program.source_lines[place]
+        source = f", source line {line}" if line else ""
         many = f" to {workgroups[-1]}" if len(workgroups) > 1 else ""
         return type(error)(
             f"{error}\n    in `{instruction.text}` (instruction {place}{source}) of "
