@@ -34,7 +34,7 @@ from nsa_port.emulator.report import Compiled, inspect
 from nsa_port.kernels import amd, tables
 from nsa_port.kernels import triton as shared
 from nsa_port.tune.compile_only import compiling_for
-from tests.rocm_calls import FUNCTIONS, Shape, calls, choosing
+from tests.rocm_calls import FUNCTIONS, OF_SMALL_GROUPS, Shape, calls, choosing
 
 ROOT = Path(__file__).parent.parent
 STATUS = (
@@ -58,14 +58,14 @@ def fixed(arch: str, kernel: str) -> Values:
     """Values that no candidate varies: how work is spread over the chip.
 
     `largest_group` is where the kernel by block stops executing fewer cycles than the one by query:
-    counted with groups of 1, 4, 8 and 16 on gfx942 and of 4, 8 and 16 on gfx1100.
+    counted with groups of 4, 8 and 16 on gfx1100. With MFMA the one by tile takes its place.
     """
     wide = ARCHITECTURES[arch].generation == 9
     return {
         "selected_by_block": {
             "segment": 128,
             "least_sharing": 4,
-            "largest_group": 4 if wide else 8,
+            "largest_group": 0 if wide else 8,
             "fewest_queries": 1024,
         },
         "selected_by_query": {"BLOCK_M": 16, "OWN_N": 16, "least_sharing": 2},
@@ -87,14 +87,16 @@ def candidates(arch: str, kernel: str, size: int, dim: int) -> list[list[Values]
     ):
         values = dict(zip(("BLOCK_N", "BLOCK_M"), reversed(tile), strict=False))
         values |= {"num_warps": warps, "num_stages": 1}
-        if wide and kernel != "selected_by_wave":
+        if wide and kernel not in _OF_ONE_WAVE:
             values["matrix_instr_nonkdim"] = 16
             if arch != "gfx950" and size == 2:
                 values["kpack"] = 2
-        wanted = (3, 2, 1) if kernel == "selected_by_wave" else (2, 0) if wide else (0,)
+        wanted = (3, 2, 1) if kernel in _OF_ONE_WAVE else (2, 0) if wide else (0,)
         found.append([{**values, "waves_per_eu": waves} if waves else values for waves in wanted])
     return found
 
+
+_OF_ONE_WAVE = ("selected_by_wave", "selected_by_tile")
 
 _Tiles = dict[tuple[int, int], tuple[tuple[int, ...], ...]]
 
@@ -169,6 +171,7 @@ TILES: dict[str, dict[bool, _Tiles]] = {
     "interval_dq": _FORWARD,
     "block_scores": _SCORES,
     "selected_by_wave": _ONE_WAVE,
+    "selected_by_tile": _ONE_WAVE,
     "selected_by_query": _ONE_QUERY,
     "selected_by_block": _ONE_BLOCK,
 }
@@ -233,10 +236,9 @@ def search(arch: str, kernel: str, size: int, dim: int) -> Found:
     """Find the entry of one kernel."""
     key_dim, value_dim = CLASSES[size, dim]
     dtype = torch.bfloat16 if size == 2 else torch.float32
-    queries = (
-        16 if kernel in ("selected_by_wave", "selected_by_query") else 128 if size == 2 else 64
-    )
-    group = 4 if kernel == "selected_by_block" else 16
+    few = kernel in ("selected_by_wave", "selected_by_query")
+    queries = 16 if few else 128 if size == 2 else 64
+    group = 4 if kernel in OF_SMALL_GROUPS else 16
     keys = 4096 if kernel == "block_scores" else 1024  # compressed keys are few
     shape = Shape(queries, keys, group, key_dim, value_dim, dtype=dtype)
     rows: list[dict[str, Any]] = []

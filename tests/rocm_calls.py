@@ -96,11 +96,15 @@ FUNCTIONS = {
     "interval_dkdv": ("window_backward", "_interval_dkdv_kernel"),
     "block_scores": ("select", "_block_scores_kernel"),
     "selected_by_wave": ("selected", "_by_wave_kernel"),
+    "selected_by_tile": ("selected", "_by_tile_kernel"),
     "selected_by_query": ("selected", "_by_query_kernel"),
     "selected_by_block": ("selected", "_by_block_kernel"),
     "selected_backward": ("selected_backward", "_by_block_backward_kernel"),
 }
 """Tuned kernel -> a call that launches it, and the device function that its values go to."""
+
+OF_SMALL_GROUPS = ("selected_by_block", "selected_by_tile")
+"""Kernels that `choosing` chooses for a group of 4, the others for one of 16."""
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from nsa_port.emulator.report import Compiled, inspect
 from nsa_port.kernels import amd, tables
 from nsa_port.kernels import triton as shared
 from nsa_port.tune.compile_only import compiling_for
-from tests.rocm_calls import FUNCTIONS, Shape, calls, choosing
+from tests.rocm_calls import FUNCTIONS, OF_SMALL_GROUPS, Shape, calls, choosing
 
 TABLES: dict[str, tuple[str, ...]] = {
     **{arch: (arch,) for arch in ARCHITECTURES},
@@ -72,7 +72,8 @@ def test_every_tuned_entry_fits_its_gpu(table: str, arch: str, kernel: str, inde
     row = tables.shipped_table(table)[kernel][index]
     value_dim = 128 if row["head_dim"] == 192 else row["head_dim"]
     dtype = torch.bfloat16 if row["element_size"] == 2 else torch.float32
-    shape = Shape(64, 2048, 16, row["head_dim"], value_dim, dtype=dtype)
+    group = 4 if kernel in OF_SMALL_GROUPS else 16
+    shape = Shape(64, 2048, group, row["head_dim"], value_dim, dtype=dtype)
     facts = built(arch, kernel, shape, tables.values_of(row))
     assert facts.lds_bytes <= facts.lds_limit
     if not may_spill(table, arch, kernel, row):
@@ -82,14 +83,17 @@ def test_every_tuned_entry_fits_its_gpu(table: str, arch: str, kernel: str, inde
     # RDNA has no matrix instruction for float32.
     has_matrix = row["element_size"] == 2 or ARCHITECTURES[arch].generation == 9
     assert bool(facts.matrix_instructions) == has_matrix
-    if kernel == "selected_by_wave":
+    if kernel in ("selected_by_wave", "selected_by_tile"):
         assert facts.lds_bytes == 0, "a tile goes through the LDS"
 
 
-@pytest.mark.parametrize("kernel", ["interval_forward", "selected_by_wave"])
-def test_group_sizes_that_fill_no_tile_fit_too(kernel: str) -> None:
-    for group in (1, 5, 40):
-        shape = replace(Shape(64, 2048), group=group)
+@pytest.mark.parametrize(
+    ("kernel", "groups"),
+    [("interval_forward", (1, 5, 40)), ("selected_by_tile", (1, 5)), ("selected_by_wave", (9, 40))],
+)
+def test_group_sizes_that_fill_no_tile_fit_too(kernel: str, groups: tuple[int, ...]) -> None:
+    for group in groups:
+        shape = replace(Shape(256, 2048), group=group)
         assert built("gfx942", kernel, shape, {}).problems() == ()
 
 

@@ -69,16 +69,21 @@ def _load(p_base, o_tile, m_tile, MASKED: gl.constexpr):
 
 @gluon.jit
 def load_queries(
-    p_base, stride, count,
-    START: gl.constexpr, WIDTH: gl.constexpr, DIM: gl.constexpr, ROWS: gl.constexpr,
-    LAYOUT: gl.constexpr,
+    p_base, stride_query, stride_head, queries, heads,
+    START: gl.constexpr, WIDTH: gl.constexpr, DIM: gl.constexpr,
+    ROWS: gl.constexpr, HEADS: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Columns from `START` on of the first `count` rows as left operand. `[ROWS, WIDTH]`."""
+    """Columns from `START` on of the first `heads` of `queries` as left operand. `[ROWS, WIDTH]`.
+
+    Rows are `HEADS` heads of one query after the other.
+    """
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, LAYOUT, _key_width(p_base.dtype.element_ty))
     o_row = gl.arange(0, ROWS, gl.SliceLayout(1, OPERAND))
     o_column = START + gl.arange(0, WIDTH, gl.SliceLayout(0, OPERAND))
-    m_tile = (o_row < count)[:, None] & (o_column < DIM)[None, :]
-    return _load(p_base, o_row[:, None] * stride + o_column[None, :], m_tile, True)
+    m_row = (o_row // HEADS < queries) & (o_row % HEADS < heads)
+    m_tile = m_row[:, None] & (o_column < DIM)[None, :]
+    o_row = o_row // HEADS * stride_query + o_row % HEADS * stride_head
+    return _load(p_base, o_row[:, None] + o_column[None, :], m_tile, True)
 
 
 @gluon.jit
@@ -122,18 +127,20 @@ def load_values(
 
 @gluon.jit
 def store_result(
-    p_base, b_tile, stride, count,
-    START: gl.constexpr, WIDTH: gl.constexpr, DIM: gl.constexpr, ROWS: gl.constexpr,
+    p_base, b_tile, stride_query, stride_head, queries, heads,
+    START: gl.constexpr, WIDTH: gl.constexpr, DIM: gl.constexpr,
+    ROWS: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
-    """Store the first `count` rows of a product with `load_values`' tile, columns named back."""
+    """Store a product of rows as in `load_queries` with `load_values`' tile, columns named back."""
     PLACES: gl.constexpr = _result_layout(ROWS, WIDTH)
     b_tile = gl.reshape(b_tile.to(p_base.dtype.element_ty), [ROWS, WIDTH // 16, 16])
     b_tile = gl.convert_layout(gl.permute(b_tile, [0, 2, 1]), PLACES)
     o_row = gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, PLACES)))
     o_row = o_row[:, None][:, :, None]
     o_column = START + _columns(WIDTH, PLACES)
-    m_tile = (o_row < count) & (o_column < DIM)
-    gl.amd.cdna3.buffer_store(b_tile, p_base, o_row * stride + o_column, mask=m_tile)
+    m_tile = (o_row // HEADS < queries) & (o_row % HEADS < heads) & (o_column < DIM)
+    o_row = o_row // HEADS * stride_query + o_row % HEADS * stride_head
+    gl.amd.cdna3.buffer_store(b_tile, p_base, o_row + o_column, mask=m_tile)
 
 
 @gluon.jit

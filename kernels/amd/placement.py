@@ -1,4 +1,4 @@
-"""Which of an operator's work items a workgroup takes, so that neighbours share an L2 cache."""
+"""Which of an operator's work items a workgroup takes, and where a tile of queries lies."""
 
 from __future__ import annotations
 
@@ -21,3 +21,15 @@ def item_of(i_workgroup, items, DIES: gl.constexpr):
 def workgroups(items: int, dies: int) -> int:
     """How many workgroups cover the items."""
     return -(-items // dies) * dies
+
+
+@gluon.jit
+def tile_of(tile_first, tile_stop, i_tile, SIZE: gl.constexpr, num_tokens):
+    """The first token of each tile and the one past its last (`bounds.cut_tiles`)."""
+    if tile_first is None:
+        first = i_tile * SIZE
+        stop = gl.minimum(first + SIZE, num_tokens)
+    else:
+        first = gl.load(tile_first + i_tile)
+        stop = gl.load(tile_stop + i_tile)
+    return first, stop

@@ -16,6 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from nsa_port.kernels.amd.chips import lanes_of
+from nsa_port.kernels.amd.placement import tile_of
 from nsa_port.kernels.geometry import Layout, NSAConfig
 from nsa_port.kernels.triton import selection
 from nsa_port.kernels.triton.bounds import Kind, QueryBounds, query_bounds
@@ -150,12 +151,9 @@ def _top_blocks_kernel(
     i_batch = o_local % B
     o_local = o_local // B
     o_tile = first_tile + o_local // BLOCK_M
-    if tile_first is None:
-        o_query = o_tile * BLOCK_M + o_local % BLOCK_M
-        m_row = m_row & (o_query < T)
-    else:
-        o_query = gl.load(tile_first + o_tile) + o_local % BLOCK_M
-        m_row = m_row & (o_query < gl.load(tile_stop + o_tile))
+    o_query, stop = tile_of(tile_first, tile_stop, o_tile, BLOCK_M, T)
+    o_query += o_local % BLOCK_M
+    m_row = m_row & (o_query < stop)
     if gl.max(m_row.to(gl.int32), 0) == 0:
         return
     o_bound = i_batch * stride_visible + o_query

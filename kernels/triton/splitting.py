@@ -48,14 +48,22 @@ def split_keys(programs: int, most_keys: int, out: Tensor, lse: Tensor) -> Split
 
     Without splits there would be `programs` programs. Ends with `merge_splits`.
     """
-    on_cpu = out.device.type == "cpu"
-    wanted = (_PROGRAMS_WITHOUT_GPU if on_cpu else multiprocessors(out.device)) // programs
-    if wanted < 2:
+    if not leaves_idle(programs, out.device):
         return Splits(1, False, out, lse)
+    wanted = _programs_to_fill(out.device) // programs
     number = max(1, min(wanted, _MOST_SPLITS, cdiv(most_keys, _FEWEST_KEYS)))
     partial_out = torch.empty((number, *out.shape), dtype=torch.float32, device=out.device)
     partial_lse = torch.empty((number, *lse.shape), dtype=torch.float32, device=out.device)
     return Splits(number, True, partial_out, partial_lse)
+
+
+def leaves_idle(programs: int, device: torch.device) -> bool:
+    """Whether so few programs fill less than half of the GPU."""
+    return _programs_to_fill(device) // programs > 1
+
+
+def _programs_to_fill(device: torch.device) -> int:
+    return _PROGRAMS_WITHOUT_GPU if device.type == "cpu" else multiprocessors(device)
 
 
 def merge_splits(splits: Splits, out: Tensor, lse: Tensor) -> None:

@@ -110,6 +110,13 @@ KERNELS: dict[str, Kernel] = {
         {"BLOCK_N": (16, 32, 64), "waves_per_eu": (0, 1, 2, 3)},
         along_with={"selected_by_block": {"largest_group": 0}},
     ),
+    "selected_by_tile": Kernel(
+        "_by_tile_kernel",
+        ("selected",),
+        {},
+        {"BLOCK_N": (16, 32, 64), "waves_per_eu": (0, 1, 2, 3)},
+        along_with={"selected_by_block": {"largest_group": 0}},
+    ),
     "selected_backward": Kernel(
         "_by_block_backward_kernel",
         ("selected_backward",),
