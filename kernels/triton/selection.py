@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -83,11 +84,9 @@ def choose_blocks(indices: Tensor, found: Scored, config: NSAConfig) -> None:
     per_select = config.select_block_size // config.block_stride
     per_compressed = config.block_size // config.block_stride
     first_weight, weights = config.score_weights()
-    top_block = next((size for size in _TOP_BLOCKS if found.blocks <= size), _TOP_BLOCKS[-1])
-    top_rows = max(1, 1024 // top_block)
     rows = found.count * found.block_m * B * HK
     tiles, visible, causal = found.tiles, found.visible, found.causal
-    _top_blocks_kernel[(cdiv(rows, top_rows),)](
+    arguments = (
         found.scores,
         indices,
         tiles.first,
@@ -112,15 +111,43 @@ def choose_blocks(indices: Tensor, found: Scored, config: NSAConfig) -> None:
         len(weights),
         per_compressed,
         per_select,
-        BLOCK_M=found.block_m,
-        BLOCK_J=top_block,
-        ROWS=top_rows,
-        SLOTS=max(_FEWEST_SLOTS, next_power_of_2(n)),
-        FOLDED=found.folded,
-        HELD=found.blocks <= top_block,
-        ALIGNED=_ALIGNED,
-        num_warps=max(1, top_block // 1024),
     )
+    width = next((size for size in _TOP_BLOCKS if found.blocks <= size), _TOP_BLOCKS[-1])
+    form = {
+        "BLOCK_M": found.block_m,
+        "SLOTS": max(_FEWEST_SLOTS, next_power_of_2(n)),
+        "FOLDED": found.folded,
+        "ALIGNED": _ALIGNED,
+    }
+    _compile_every_width(arguments, indices, config, form)
+    held = found.blocks <= width
+    _top_blocks_kernel[(cdiv(rows, _rows_of(width)),)](*arguments, **form, **_width(width, held))
+
+
+def _rows_of(width: int) -> int:
+    return max(1, 1024 // width)
+
+
+def _width(width: int, held: bool) -> dict[str, int]:
+    num_warps = max(1, width // 1024)
+    return {"BLOCK_J": width, "ROWS": _rows_of(width), "HELD": held, "num_warps": num_warps}
+
+
+_compiled: set[tuple[Any, ...]] = set()
+"""For which devices, configs and forms every width has been compiled."""
+
+
+def _compile_every_width(
+    arguments: tuple[Any, ...], indices: Tensor, config: NSAConfig, form: dict[str, int]
+) -> None:
+    """With the first length on an NVIDIA GPU, compile for all others: none stops for it later."""
+    arch = arch_of(indices)
+    key = (arch, indices.device, config, *form.values())
+    if key in _compiled or not arch.startswith("sm_"):
+        return
+    _compiled.add(key)
+    for width, held in (*((size, True) for size in _TOP_BLOCKS), (_TOP_BLOCKS[-1], False)):
+        _top_blocks_kernel.warmup(*arguments, grid=(1,), **form, **_width(width, held))
 
 
 def select_blocks(

@@ -24,6 +24,9 @@ from nsa_port.kernels.triton.selected import attend_selected
 from nsa_port.kernels.triton.selected_backward import selected_gradients
 from nsa_port.kernels.triton.selection import blocks_of
 
+_FEWEST_DENSE = 16
+"""Queries from which on dense attention takes the place of a selection that leaves nothing out."""
+
 
 def nsa_attention(
     q: Tensor,
@@ -52,7 +55,12 @@ def nsa_attention(
         causal, window, visible = all_bounds(*rows, config, layout, q.device)
         o_cmp, lse_cmp = interval_attention(q, k_cmp, v_cmp, visible, layout, scale)
         indices = blocks_of(q, k_cmp, lse_cmp, visible, causal, config, layout, scale)
-        o_slc, lse_slc = attend_selected(q, k_slc, v_slc, indices, causal, config, layout, scale)
+        if _all_are_chosen(q, config, layout):
+            o_slc, lse_slc = interval_attention(q, k_slc, v_slc, causal, layout, scale)
+        else:
+            o_slc, lse_slc = attend_selected(
+                q, k_slc, v_slc, indices, causal, config, layout, scale
+            )
         o_win, lse_win = interval_attention(
             q, k_win, v_win, window, layout, scale, config.window_size
         )
@@ -61,6 +69,15 @@ def nsa_attention(
     if not needs_grad:
         o_cmp, o_slc, o_win = (q.new_empty(0) for _ in range(3))
     return WholeForward(out, o_cmp, o_slc, o_win, lse, indices)
+
+
+def _all_are_chosen(q: Tensor, config: NSAConfig, layout: Layout) -> bool:
+    """Whether every query chooses every block that it may, so that selection is dense attention.
+
+    Not for the few queries of decoding, whose kernels would change as the cache grows.
+    """
+    chosen = config.num_select_blocks(layout.num_keys) <= config.num_selected
+    return chosen and q.shape[1] >= _FEWEST_DENSE
 
 
 def nsa_attention_backward(
@@ -90,10 +107,17 @@ def nsa_attention_backward(
             BackwardRows(grad, *of_cmp[:2]), q, k_cmp, v_cmp, visible, cu_blocks, layout,
             scale, gate=of_cmp.gate,
         )  # fmt: skip
-        dq, dk_slc, dv_slc = selected_gradients(
-            BackwardRows(grad, *of_slc[:2]), q, k_slc, v_slc, saved.indices, causal, config,
-            layout, scale, gate=of_slc.gate, dq=dq,
-        )  # fmt: skip
+        rows_slc = BackwardRows(grad, *of_slc[:2])
+        if _all_are_chosen(q, config, layout):
+            dq, dk_slc, dv_slc = interval_backward(
+                rows_slc, q, k_slc, v_slc, causal, layout.cu_seqlens_k, layout, scale,
+                gate=of_slc.gate, dq=dq,
+            )  # fmt: skip
+        else:
+            dq, dk_slc, dv_slc = selected_gradients(
+                rows_slc, q, k_slc, v_slc, saved.indices, causal, config, layout, scale,
+                gate=of_slc.gate, dq=dq,
+            )  # fmt: skip
         dq, dk_win, dv_win = interval_backward(
             BackwardRows(grad, *of_win[:2]), q, k_win, v_win, window, layout.cu_seqlens_k,
             layout, scale, gate=of_win.gate, dq=dq,
