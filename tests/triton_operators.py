@@ -453,7 +453,15 @@ def test_cu_seqlens_that_point_nowhere_stay_in_bounds() -> None:
         kernels.mean_compress_backward(y, *arguments[:2])
 
 
-WHOLE = ("packed", "holes_per_batch_entry", "group_of_5", "paper", "paper_packed")
+WHOLE = (
+    "packed",
+    "more_blocks_than_exist",
+    "few_queries",
+    "holes_per_batch_entry",
+    "group_of_5",
+    "paper",
+    "paper_packed",
+)
 
 
 @pytest.mark.parametrize("name", [name for name in WHOLE if name in by_name])

@@ -132,12 +132,17 @@ class BranchRows(NamedTuple):
 
 
 def gated_rows(
-    grad: Tensor, outputs: tuple[Tensor, Tensor, Tensor], lse: Tensor, gates: Tensor
+    grad: Tensor,
+    outputs: tuple[Tensor, Tensor, Tensor],
+    lse: Tensor,
+    gates: Tensor,
+    dense: bool,
 ) -> tuple[tuple[BranchRows, ...], Tensor]:
     """Of the gated sum (Eq. 5): each branch's rows, and `dgates [B, T, H, 3]`.
 
     The rows of the compressed branch and the window are laid out `[B, H, T]`, those of the
-    selected `[B, T, H]`, as their kernels read them. A gate's gradient is the branch's `delta`.
+    selected `[B, T, H]` unless that is `dense` attention too, as their kernels read them. A gate's
+    gradient is the branch's `delta`.
     """
     B, T, H, Dv = outputs[0].shape
     rows = torch.empty((3, 3, B * T * H), dtype=torch.float32, device=grad.device)
@@ -157,12 +162,13 @@ def gated_rows(
             *strides(grad),
             *gates.stride(),
             DIM_V=Dv,
+            DENSE=dense,
             WIDTH=next_power_of_2(Dv),
             TILE=_TILE,
             num_warps=8,
         )
     by_head, by_query = (B, H, T), (B, T, H)
-    shapes = (by_head, by_query, by_head)
+    shapes = (by_head, by_head if dense else by_query, by_head)
     return (
         tuple(
             BranchRows(*(row.view(shape) for row in branch.unbind(0)))
@@ -192,6 +198,7 @@ def _gated_rows_kernel(
     stride_tt,
     stride_th,
     stride_tg,
+    DENSE: tl.constexpr,
     DIM_V: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
@@ -217,7 +224,7 @@ def _gated_rows_kernel(
     count = B.to(tl.int64) * T * H
     for branch in tl.static_range(3):
         output = o_cmp if branch == 0 else (o_slc if branch == 1 else o_win)
-        o_target = o_row if branch == 1 else o_by_head
+        o_target = o_row if branch == 1 and not DENSE else o_by_head
         b_out = tl.load(output + o_out, mask=m_tile, other=0.0).to(tl.float32)
         # [TILE * TILE]; rows that see nothing may be padding, whose gradient is anything.
         b_lse = tl.load(lse + branch * count + o_row, mask=m_row, other=0.0)

@@ -328,21 +328,16 @@ def _block_scores_kernel(
     p_lse = lse + i_batch * stride_lb + o_query.to(tl.int64) * stride_lt
     p_q = q + i_batch * stride_qb + i_kv * G * stride_qh
     p_lse += i_kv * G
-    b_waiting = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    b_shift = tl.full([BLOCK_M], float("inf"), tl.float32)
     for _ in range(G):
         b_q = load_rows(p_q, o_q, m_row, 0, K_MAIN, DIM_K, True)
         b_q_rest = b_q
         if K_REST:
             b_q_rest = load_rows(p_q, o_q, m_row, K_MAIN, K_REST, DIM_K, True)
-        b_lse = tl.load(p_lse, mask=m_row, other=0.0)
+        b_lse = tl.load(p_lse, mask=m_row, other=0.0).to(tl.float32) * LOG2_E_DEVICE
         b_s = dot_split(b_q, b_q_rest, b_k, b_k_rest, K_REST)
-        # One head behind: the exponentials of a product are taken while the next one is made.
-        b_probability += tl.exp2(b_waiting * scale_log2 - b_shift[:, None])
-        b_waiting, b_shift = b_s, b_lse.to(tl.float32) * LOG2_E_DEVICE
+        b_probability += tl.exp2(b_s * scale_log2 - b_lse[:, None])
         p_q += stride_qh
         p_lse += 1
-    b_probability += tl.exp2(b_waiting * scale_log2 - b_shift[:, None])
     # Offsets and masks anew, so that none is kept in registers throughout the loop.
     b_seen = tl.load(p_upper, mask=m_row, other=0) - (base + i_key_tile * BLOCK_N)
     b_probability = tl.where(tl.arange(0, BLOCK_N)[None, :] < b_seen[:, None], b_probability, 0.0)

@@ -101,14 +101,15 @@ def nsa_attention_backward(
         rows = (q.shape[1], k_slc.shape[1], k_cmp.shape[1])
         causal, window, visible = all_bounds(*rows, config, layout, q.device)
         outputs = (saved.o_cmp, saved.o_slc, saved.o_win)
-        (of_cmp, of_slc, of_win), dgates = gated_rows(grad, outputs, saved.lse, gates)
+        dense = _all_are_chosen(q, config, layout)
+        (of_cmp, of_slc, of_win), dgates = gated_rows(grad, outputs, saved.lse, gates, dense)
         cu_blocks = layout.compressed_cu_seqlens(config) if layout.packed else None
         dq, dk_cmp, dv_cmp = interval_backward(
             BackwardRows(grad, *of_cmp[:2]), q, k_cmp, v_cmp, visible, cu_blocks, layout,
             scale, gate=of_cmp.gate,
         )  # fmt: skip
         rows_slc = BackwardRows(grad, *of_slc[:2])
-        if _all_are_chosen(q, config, layout):
+        if dense:
             dq, dk_slc, dv_slc = interval_backward(
                 rows_slc, q, k_slc, v_slc, causal, layout.cu_seqlens_k, layout, scale,
                 gate=of_slc.gate, dq=dq,
