@@ -25,6 +25,7 @@ from ci.rocm_measure import Run, measure, without_lds_limit
 from nsa_port.emulator.architectures import ARCHITECTURES
 from nsa_port.kernels import amd, tables
 from nsa_port.kernels import triton as shared
+from nsa_port.kernels.triton import splitting
 from tests.rocm_calls import Shape, calls
 
 RESULT = Path(__file__).parent / "results" / "rocm-counts.json"
@@ -35,15 +36,27 @@ SHAPES = {
 }
 """One KV head of each model: the others do the same."""
 
-OF_A_LONG_SEQUENCE = {"selected_by_block": {"fewest_queries": 0}}
-"""Choose kernels as if there were as many queries as keys."""
-
 COMPILERS_DEFAULTS = {"matrix_instr_nonkdim": 0, "kpack": 1, "waves_per_eu": 0}
 
 
 @contextmanager
+def of_a_long_sequence() -> Iterator[None]:
+    """Choose kernels as if there were as many queries as keys: enough to fill a GPU."""
+    before = splitting._PROGRAMS_WITHOUT_GPU
+    splitting._PROGRAMS_WITHOUT_GPU = 1
+    try:
+        with tables.tuned_to({"selected_by_block": {"fewest_queries": 0}}):
+            yield
+    finally:
+        splitting._PROGRAMS_WITHOUT_GPU = before
+
+
+@contextmanager
 def values_of_cuda(shape: Shape) -> Iterator[None]:
-    """Launch every tuned kernel as `sm_90` does."""
+    """Launch every tuned kernel as `sm_90` does.
+
+    Hopper's own in Gluon cannot be compiled for others: the shared ones take their values.
+    """
     size = shape.dtype.itemsize
     changes = {
         kernel: {
@@ -52,7 +65,9 @@ def values_of_cuda(shape: Shape) -> Iterator[None]:
         }
         for kernel in tables.shipped_table("sm_90")
     }
-    with tables.tuned_to(changes), tables.tuned_to(OF_A_LONG_SEQUENCE):
+    for values in changes.values():
+        values.pop("gluon", None)
+    with tables.tuned_to(changes), of_a_long_sequence():
         yield
 
 
@@ -134,7 +149,7 @@ def main() -> None:
         results["shapes"] = before["shapes"]
     for name in arguments.shapes:
         shape = SHAPES[name]
-        with tables.tuned_to(OF_A_LONG_SEQUENCE):
+        with of_a_long_sequence():
             found = count(arguments.arch, shape)
         sizes = {key: str(value) for key, value in asdict(shape).items()}
         results["shapes"][name] = {"sizes": sizes, "operators": found}
