@@ -2,15 +2,16 @@
 
     PYTHONPATH=. python3 ci/rocm_search.py gfx942 gfx950 --jobs 8
     PYTHONPATH=. python3 ci/rocm_search.py gfx942 --kernels interval_dq   # the others as they are
+    PYTHONPATH=. python3 ci/rocm_search.py gfx1100 --also venv/bin/python   # with another triton
 
 Each candidate is compiled and run on the emulator with few queries and many keys. One that spills
-registers or wants more LDS than there is, is out. The rest are ranked by issue cycles, which count
+registers or wants more LDS than there is, is out, with the other triton too if there is one. The
+rest are ranked by issue cycles, which count
 matrix and other instructions by the rates of the instruction set, as if nothing ever waited; half
 as many again where a SIMD has only one wave, which waits whenever its memory does (a judgement, no
 measurement). Those within a tenth of the fewest are taken to be equal; among them the one that lets
 most waves onto a SIMD wins (four are enough), then the fewest bytes asked for, then the fewest
-cycles. Where every candidate is out, the one that spills least is taken: RDNA has 256 registers,
-which float32 (plain multiply-and-add there) and large head dimensions do not fit.
+cycles. A kernel of which every candidate is out raises.
 
 Writes `kernels/configs/<arch>.json`, and all candidates with their counts to
 `ci/results/rocm-search-<arch>.json`. All five GPUs take half an hour on one core.
@@ -21,8 +22,12 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import subprocess
+import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -43,9 +48,10 @@ STATUS = (
 WITHIN = 1.1
 ALONE = 1.5
 ENOUGH_WAVES = 4
-ANY = NEVER = 2**30
+ANY = 2**30
 
 Values = dict[str, int]
+_Task = tuple[str, str, int, int]
 Found = tuple[Values, list[dict[str, Any]]]
 """The entry, and the counts of all candidates, the chosen one marked."""
 
@@ -82,11 +88,11 @@ def candidates(arch: str, kernel: str, size: int, dim: int) -> list[list[Values]
     """
     wide = ARCHITECTURES[arch].generation == 9
     found: list[list[Values]] = []
-    for *tile, warps in TILES[kernel][wide].get(
-        (size, 192 if dim == 128 and size == 2 else dim), ()
-    ):
-        values = dict(zip(("BLOCK_N", "BLOCK_M"), reversed(tile), strict=False))
-        values |= {"num_warps": warps, "num_stages": 1}
+    names: tuple[str, ...] = ("BLOCK_N", "num_warps", "DEPTH")
+    if kernel not in _OF_ONE_WAVE and kernel != "selected_by_query":
+        names = ("BLOCK_M", *names, "RELOAD")
+    for tile in TILES[kernel][wide].get((size, 192 if dim == 128 and size == 2 else dim), ()):
+        values = {**dict(zip(names, tile, strict=False)), "num_stages": 1}
         if wide and kernel not in _OF_ONE_WAVE:
             values["matrix_instr_nonkdim"] = 16
             if arch != "gfx950" and size == 2:
@@ -108,10 +114,10 @@ _FORWARD: dict[bool, _Tiles] = {
         (4, 256): ((16, 16, 1), (16, 16, 4)),
     },
     False: {
-        (2, 192): ((64, 32, 4), (64, 16, 4), (32, 16, 4), (16, 32, 4)),
-        (2, 256): ((64, 16, 4), (32, 16, 4), (16, 64, 8)),
-        (4, 128): ((16, 16, 8),),
-        (4, 256): ((16, 16, 8),),
+        (2, 192): ((64, 32, 4), (64, 16, 4), (32, 16, 4), (16, 16, 4, 32)),
+        (2, 256): ((64, 16, 4), (32, 16, 8, 32), (16, 16, 8, 32)),
+        (4, 128): ((16, 16, 8), (16, 16, 8, 16)),
+        (4, 256): ((16, 16, 16, 16), (16, 16, 16, 8)),
     },
 }
 _SCORES: dict[bool, _Tiles] = {
@@ -126,19 +132,19 @@ _BACKWARD: dict[bool, _Tiles] = {
         (4, 256): ((16, 16, 4), (16, 16, 8)),
     },
     False: {
-        (2, 192): ((16, 32, 4), (16, 16, 4), (16, 32, 8), (16, 64, 8), (16, 16, 8)),
-        (2, 256): ((16, 16, 8), (16, 32, 16)),
-        (4, 128): ((16, 16, 4),),
-        (4, 256): ((16, 16, 16),),
+        (2, 192): ((16, 64, 8), (16, 16, 4, 32), (16, 16, 4, 32, 1)),
+        (2, 256): ((16, 16, 4, 64, 1), (16, 16, 8, 32)),
+        (4, 128): ((16, 16, 8, 16, 1), (16, 16, 16, 16)),
+        (4, 256): ((16, 16, 16, 32, 1), (16, 16, 32, 32, 1)),
     },
 }
 _ONE_QUERY: dict[bool, _Tiles] = {
     True: {(2, 192): ((32, 1),), (2, 256): ((32, 2),), (4, 128): ((16, 1),), (4, 256): ((16, 4),)},
     False: {
-        (2, 192): ((32, 1), (16, 1), (32, 2), (64, 4)),
-        (2, 256): ((16, 1), (32, 2), (32, 4), (64, 8)),
-        (4, 128): ((16, 4), (16, 8)),
-        (4, 256): ((16, 4), (16, 8)),
+        (2, 192): ((32, 1), (16, 1), (16, 2, 64), (32, 4, 32)),
+        (2, 256): ((32, 4), (32, 4, 64), (16, 4, 64)),
+        (4, 128): ((16, 8), (16, 8, 16)),
+        (4, 256): ((16, 8, 16), (16, 16, 16)),
     },
 }
 _ONE_WAVE: dict[bool, _Tiles] = {
@@ -158,10 +164,10 @@ _ONE_BLOCK: dict[bool, _Tiles] = {
         (4, 256): ((16, 16, 4),),
     },
     False: {
-        (2, 192): ((64, 32, 4), (32, 32, 4), (64, 16, 4), (16, 32, 4)),
-        (2, 256): ((16, 16, 4), (32, 16, 8), (16, 32, 8)),
-        (4, 128): ((16, 16, 4),),
-        (4, 256): ((16, 16, 8),),
+        (2, 192): ((64, 32, 4), (64, 16, 4), (32, 16, 4, 32)),
+        (2, 256): ((16, 16, 4, 64), (32, 16, 8, 32)),
+        (4, 128): ((16, 16, 4), (16, 16, 4, 16)),
+        (4, 256): ((16, 16, 8, 16), (16, 16, 16, 16)),
     },
 }
 TILES: dict[str, dict[bool, _Tiles]] = {
@@ -175,29 +181,69 @@ TILES: dict[str, dict[bool, _Tiles]] = {
     "selected_by_query": _ONE_QUERY,
     "selected_by_block": _ONE_BLOCK,
 }
-"""Kernel -> has 64 lanes -> (element size, head dimension) -> `(BLOCK_M, BLOCK_N, num_warps)`.
+"""Kernel -> has 64 lanes -> (element size, head dimension) -> values in the order of `candidates`.
 
-Kernels of one query at a time have no `BLOCK_M`. Of the one by query, which on 64 lanes serves only
+Kernels of one query at a time have no `BLOCK_M`. RDNA has 256 registers, and float32 as plain
+multiply-and-add: most of it needs a `DEPTH`. Of the one by query, which on 64 lanes serves only
 tensors beyond the reach of the one by wave, any entry does there that fits.
 """
+
+
+def compiled(arch: str, kernel: str, shape: Shape, values: Values) -> Compiled:
+    """What the compiler makes of the tuned device function."""
+    call, function = FUNCTIONS[kernel]
+    with choosing(kernel, values), compiling_for(arch, ANY) as builds:
+        calls(_module(kernel), shape)[call]()
+    build = next(build for build in builds if build.name == function)
+    return inspect(build.assembly, build.shared)
 
 
 def try_one(arch: str, kernel: str, shape: Shape, values: Values) -> Run | Compiled | str:
     """The launch of the tuned device function, or why the candidate is out."""
     call, function = FUNCTIONS[kernel]
-    module = shared if kernel == "selected_by_query" else amd
     try:
+        facts = compiled(arch, kernel, shape, values)
+        if facts.problems():
+            return facts
         with choosing(kernel, values):
-            with compiling_for(arch, ANY) as builds:
-                calls(module, shape)[call]()
-            build = next(build for build in builds if build.name == function)
-            facts = inspect(build.assembly, build.shared)
-            if facts.problems():
-                return facts
-            runs = measure(arch, calls(module, shape)[call])
+            runs = measure(arch, calls(_module(kernel), shape)[call])
     except Exception as error:  # whatever goes wrong takes the candidate out
         return f"{type(error).__name__}: {error}"[:200]
     return next(run for run in runs if run.name == function)
+
+
+def _module(kernel: str) -> ModuleType:
+    return shared if kernel == "selected_by_query" else amd
+
+
+def shape_for(arch: str, kernel: str, size: int, dim: int) -> Shape:
+    """What the candidates of an entry are compared with, the smaller the longer emulation takes."""
+    key_dim, value_dim = CLASSES[size, dim]
+    if kernel in ("selected_by_wave", "selected_by_query"):
+        queries = 16
+    else:
+        queries = (256 if ARCHITECTURES[arch].generation == 9 else 128) // size
+    group = 4 if kernel in OF_SMALL_GROUPS else 16
+    keys = 4096 if kernel == "block_scores" else 1024  # compressed keys are few
+    dtype = torch.bfloat16 if size == 2 else torch.float32
+    return Shape(queries, keys, group, key_dim, value_dim, dtype=dtype)
+
+
+def spilled_by(python: str, task: _Task, tried: list[Values]) -> list[str]:
+    """What is wrong with each of these values with the triton of another interpreter, or ""."""
+    command = [python, "-m", "ci.rocm_search", "--inspect", json.dumps([*task, tried])]
+    run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    found: list[str] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+def _inspect(arch: str, kernel: str, size: int, dim: int, tried: list[Values]) -> list[str]:
+    """`spilled_by`, in the other interpreter."""
+    shape, found = shape_for(arch, kernel, size, dim), []
+    for values in tried:
+        problems = compiled(arch, kernel, shape, values).problems()
+        found.append(f"triton {triton.__version__}: {'; '.join(problems)}" if problems else "")
+    return found
 
 
 def best(runs: list[Run]) -> int:
@@ -214,11 +260,9 @@ def best(runs: list[Run]) -> int:
 
 def row_of(values: Values, outcome: Run | Compiled | str) -> dict[str, Any]:
     if isinstance(outcome, str):
-        return {**values, "out": outcome, "spilled": NEVER}
+        return {**values, "out": outcome}
     if isinstance(outcome, Compiled):
-        fits = outcome.lds_bytes <= outcome.lds_limit
-        spilled = outcome.scratch_bytes if fits else NEVER
-        return {**values, "out": "; ".join(outcome.problems()), "spilled": spilled}
+        return {**values, "out": "; ".join(outcome.problems())}
     return {
         **values,
         "instructions": outcome.instructions,
@@ -232,34 +276,31 @@ def row_of(values: Values, outcome: Run | Compiled | str) -> dict[str, Any]:
     }
 
 
-def search(arch: str, kernel: str, size: int, dim: int) -> Found:
+def search(task: _Task, also: str | None) -> Found:
     """Find the entry of one kernel."""
-    key_dim, value_dim = CLASSES[size, dim]
-    dtype = torch.bfloat16 if size == 2 else torch.float32
-    few = kernel in ("selected_by_wave", "selected_by_query")
-    queries = 16 if few else 128 if size == 2 else 64
-    group = 4 if kernel in OF_SMALL_GROUPS else 16
-    keys = 4096 if kernel == "block_scores" else 1024  # compressed keys are few
-    shape = Shape(queries, keys, group, key_dim, value_dim, dtype=dtype)
+    arch, kernel, size, dim = task
+    shape = shape_for(arch, kernel, size, dim)
     rows: list[dict[str, Any]] = []
-    tried: list[Values] = []
     fitting: list[tuple[Values, Run, int]] = []
-    for alternatives in candidates(arch, kernel, size, dim):
-        for values in alternatives:
-            outcome = try_one(arch, kernel, shape, {**fixed(arch, kernel), **values})
+    alternatives = [
+        [{**fixed(arch, kernel), **values} for values in each]
+        for each in candidates(arch, kernel, size, dim)
+    ]
+    flat = [values for each in alternatives for values in each]
+    elsewhere = spilled_by(also, task, flat) if also else [""] * len(flat)
+    for each in alternatives:
+        for values in each:
+            problem = elsewhere[flat.index(values)]
+            outcome = problem or try_one(arch, kernel, shape, values)
             rows.append(row_of(values, outcome))
-            tried.append(values)
             if isinstance(outcome, Run):
                 fitting.append((values, outcome, len(rows) - 1))
                 break
-    if fitting:
-        chosen, _, number = fitting[best([run for _, run, _ in fitting])]
-    else:
-        number = min(range(len(rows)), key=lambda number: rows[number]["spilled"])
-        chosen = tried[number]
+    if not fitting:
+        raise RuntimeError(f"{task}: every candidate is out: {rows}")
+    chosen, _, number = fitting[best([run for _, run, _ in fitting])]
     rows[number]["chosen"] = True
-    entry = {"element_size": size, "head_dim": dim, **fixed(arch, kernel), **chosen}
-    return entry, rows
+    return {"element_size": size, "head_dim": dim, **chosen}, rows
 
 
 def write_table(arch: str, kernels: dict[str, list[Values]]) -> None:
@@ -271,33 +312,34 @@ def write_table(arch: str, kernels: dict[str, list[Values]]) -> None:
     (tables.SHIPPED / f"{arch}.json").write_text(f"{head}{lists}\n  }}\n}}\n")
 
 
-_Task = tuple[str, str, int, int]
-
-
-def _search(task: _Task) -> tuple[_Task, Found]:
+def _search(task: _Task, also: str | None) -> tuple[_Task, Found]:
     torch.set_num_threads(1)
     started = time.perf_counter()
-    found = search(*task)
+    found = search(task, also)
     print(*task, len(found[1]), f"candidates, {time.perf_counter() - started:.0f} s", flush=True)
     return task, found
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--inspect"]:
+        print(json.dumps(_inspect(*json.loads(sys.argv[2]))))
+        return
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("arch", nargs="+", choices=list(ARCHITECTURES))
     parser.add_argument("--kernels", nargs="+", default=list(TILES), choices=list(TILES))
+    parser.add_argument("--also", help="python with another triton, which must not spill either")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     arguments = parser.parse_args()
     tasks = [
         (arch, kernel, *entry)
-        for kernel in arguments.kernels
         for arch in arguments.arch
+        for kernel in arguments.kernels
         for entry in CLASSES
         if candidates(arch, kernel, 2, 128)
     ]
     results: dict[str, dict[tuple[str, int, int], Found]] = {arch: {} for arch in arguments.arch}
     with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
-        for task, found in pool.imap_unordered(_search, tasks, chunksize=1):
+        for task, found in pool.imap_unordered(partial(_search, also=arguments.also), tasks):
             results[task[0]][task[1:]] = found
             write(task[0], results[task[0]])
 

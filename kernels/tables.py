@@ -32,10 +32,10 @@ GENERIC_AMD = "generic_gfx"
 CONDITIONS = ("element_size", "head_dim", "exact_dims")
 
 _MAY_BE_ZERO = (
-    "fewest_queries", "gluon", "largest_group", "matrix_instr_nonkdim", "most_heads",
-    "waves_per_eu",
+    "DEPTH", "RELOAD", "fewest_queries", "gluon", "largest_group", "matrix_instr_nonkdim",
+    "most_heads", "waves_per_eu", "widest",
 )  # fmt: skip
-_POWERS = ("num_warps", "OWN_N")
+_POWERS = ("num_warps", "OWN_N", "DEPTH")
 
 Values = dict[str, int]
 Entry = dict[str, Any]

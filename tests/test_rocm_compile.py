@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,11 +23,9 @@ from tests.rocm_calls import FUNCTIONS, OF_SMALL_GROUPS, Shape, calls, choosing
 
 TABLES: dict[str, tuple[str, ...]] = {
     **{arch: (arch,) for arch in ARCHITECTURES},
-    tables.GENERIC_AMD: ("gfx942", "gfx1100"),
+    tables.GENERIC_AMD: tuple(ARCHITECTURES),
 }
 """Table -> the architectures to compile it for."""
-
-SEARCHES = Path(__file__).parent.parent / "ci" / "results"
 
 ANY = 2**30
 """Of LDS: what does not fit is to be seen."""
@@ -55,17 +52,6 @@ def built(arch: str, kernel: str, shape: Shape, values: dict[str, int]) -> Compi
     return inspect(build.assembly, build.shared)
 
 
-def may_spill(table: str, arch: str, kernel: str, row: tables.Entry) -> bool:
-    """Whether the search found nothing that does not, as its record says; only on RDNA it may."""
-    if ARCHITECTURES[arch].generation == 9:
-        return False
-    if table == tables.GENERIC_AMD:
-        return True
-    record = json.loads((SEARCHES / f"rocm-search-{table}.json").read_text())
-    tried = record["kernels"][kernel][f"{row['element_size']} bytes, {row['head_dim']}"]
-    return all("out" in candidate for candidate in tried)
-
-
 @pytest.mark.parametrize(("table", "arch", "kernel", "index"), entries())
 def test_every_tuned_entry_fits_its_gpu(table: str, arch: str, kernel: str, index: int) -> None:
     """At the largest head dimension that the entry is for; 192 is 192 and 128, as in the paper."""
@@ -75,9 +61,7 @@ def test_every_tuned_entry_fits_its_gpu(table: str, arch: str, kernel: str, inde
     group = 4 if kernel in OF_SMALL_GROUPS else 16
     shape = Shape(64, 2048, group, row["head_dim"], value_dim, dtype=dtype)
     facts = built(arch, kernel, shape, tables.values_of(row))
-    assert facts.lds_bytes <= facts.lds_limit
-    if not may_spill(table, arch, kernel, row):
-        assert facts.problems() == ()
+    assert facts.problems() == ()
     # A slot without a block has row -1: the compiler cannot know that no offset is negative.
     assert facts.buffer_loads > 0 or kernel == "selected_by_query"
     # RDNA has no matrix instruction for float32.

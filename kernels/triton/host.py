@@ -25,14 +25,18 @@ class HeadSplit(NamedTuple):
     rest: int
 
 
-def split_head(dim: int) -> HeadSplit:
+def split_head(dim: int, widest: int = 0) -> HeadSplit:
     """The cut that pads least: 192 is 128 + 64, 80 is 64 + 32, 100 is one tile of 128.
+
+    Tiles that would be wider than `widest`, unless that is 0, are cut in halves instead.
 
     Matrix units want at least 16 columns. Only multiples of 16 are cut, and not into parts below
     32 columns: the rows of other dimensions are not aligned enough to be copied asynchronously.
     """
     whole = max(16, next_power_of_2(dim))
     main, rest = whole // 2, max(32, next_power_of_2(max(1, dim - whole // 2)))
+    if widest and whole > widest:
+        return HeadSplit(dim, main, main)
     if dim % 16 or dim == whole or rest >= main:
         return HeadSplit(dim, whole, 0)
     return HeadSplit(dim, main, rest)
@@ -115,8 +119,10 @@ def _arch_of_device(index: int) -> str:
 
 
 def launch_options(values: dict[str, int]) -> dict[str, int]:
-    """Of a kernel's tuned values, those that go to the compiler and not to the kernel."""
+    """Of a kernel's tuned values, those that pass through the operator as they are."""
     return {name: values[name] for name in _OPTIONS if name in values}
 
 
-_OPTIONS = ("num_warps", "num_stages", "matrix_instr_nonkdim", "kpack", "waves_per_eu")
+_OPTIONS = (
+    "num_warps", "num_stages", "matrix_instr_nonkdim", "kpack", "waves_per_eu", "DEPTH", "RELOAD",
+)  # fmt: skip

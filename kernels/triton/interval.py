@@ -186,6 +186,7 @@ def _interval_forward_kernel(
     V_REST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DEPTH: tl.constexpr = 0,
 ):
     """One program: one tile of queries; a row is a query and one of `HEADS` heads of a group.
 
@@ -241,7 +242,7 @@ def _interval_forward_kernel(
             running_max, running_sum, accumulator, accumulator_rest,
             b_q, b_q_rest, b_lower, b_upper, p_k, p_v, stride_ks, stride_vs,
             span_start, span_stop, scale_log2,
-            phase != 1, DIM_K, K_MAIN, K_REST, DIM_V, V_MAIN, V_REST, BLOCK_N,
+            phase != 1, DIM_K, K_MAIN, K_REST, DIM_V, V_MAIN, V_REST, BLOCK_N, DEPTH,
         )  # fmt: skip
 
     m_empty = running_sum == 0.0
@@ -266,7 +267,7 @@ def _attend(
     MASKED: tl.constexpr,
     DIM_K: tl.constexpr, K_MAIN: tl.constexpr, K_REST: tl.constexpr,
     DIM_V: tl.constexpr, V_MAIN: tl.constexpr, V_REST: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Continue the softmax over the key rows `start .. stop - 1`; returns the running state."""
     for i_key in range(start, stop, BLOCK_N):
@@ -278,7 +279,7 @@ def _attend(
         if K_REST:
             b_k_rest = load_rows(p_k, o_k, m_key, K_MAIN, K_REST, DIM_K, MASKED)
         # [BLOCK_M, BLOCK_N]
-        b_s = dot_split(b_q, b_q_rest, b_k, b_k_rest, K_REST)
+        b_s = dot_split(b_q, b_q_rest, b_k, b_k_rest, K_REST, DEPTH)
         if MASKED:
             m_seen = (o_key[None, :] >= b_lower[:, None]) & (o_key[None, :] < b_upper[:, None])
             b_s = tl.where(m_seen, b_s * scale_log2, float("-inf"))

@@ -36,7 +36,13 @@ from nsa_port.kernels.triton.host import (
 )
 from nsa_port.kernels.triton.interval import hopper_values
 from nsa_port.kernels.triton.preparation import backward_rows
-from nsa_port.kernels.triton.tiles import dot, dot_split, key_spans, load_rows, store_rows
+from nsa_port.kernels.triton.tiles import (
+    dot,
+    dot_split,
+    key_spans,
+    load_rows,
+    store_rows,
+)
 
 _ENOUGH_PROGRAMS = 1024
 """Programs that fill any chip several times over: heads are spread until there are as many."""
@@ -186,6 +192,7 @@ def _key_gradients(problem: Problem, cu_rows: Tensor | None) -> tuple[Tensor, Te
     padded = layout.positions is not None
     on_hopper = None if padded else hopper_values("hopper_dkdv", q, rows.grad_out, v)
     values = on_hopper or tuned(arch_of(q), "interval_dkdv", q.element_size(), Dk, Dv)
+    widest = values.pop("widest", 0)
     block_n = values["BLOCK_N"]
     keys = cut_tiles(S, block_n, cu_rows)
     splits = _splits(cdiv(S, block_n) * B * HK, H // HK)
@@ -231,7 +238,7 @@ def _key_gradients(problem: Problem, cu_rows: Tensor | None) -> tuple[Tensor, Te
                 *strides(k),
                 *strides(v),
                 PADDED=padded,
-                **split_arguments(split_head(Dk), split_head(Dv)),
+                **split_arguments(split_head(Dk, widest), split_head(Dv, widest)),
                 **values,
             )
     if splits == 1:
@@ -289,6 +296,7 @@ def _interval_dq_kernel(
     V_REST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DEPTH: tl.constexpr = 0,
 ):
     """One program: `dq` of `BLOCK_M` queries of one head."""
     columns = tl.num_programs(0) // tiles
@@ -334,7 +342,7 @@ def _interval_dq_kernel(
         b_dq, b_dq_rest = _add_dq(
             b_dq, b_dq_rest, b_q, b_q_rest, b_grad, b_grad_rest, b_lse, b_delta, b_gate,
             b_lower, b_upper, p_k, p_v, stride_ks, stride_vs, span_start, span_stop, scale_log2,
-            phase != 1, DIM_K, K_MAIN, K_REST, DIM_V, V_MAIN, V_REST, BLOCK_N,
+            phase != 1, DIM_K, K_MAIN, K_REST, DIM_V, V_MAIN, V_REST, BLOCK_N, DEPTH,
         )  # fmt: skip
 
     o_out = ((i_batch * T + o_query) * H + i_head) * DIM_K
@@ -356,7 +364,7 @@ def _add_dq(
     MASKED: tl.constexpr,
     DIM_K: tl.constexpr, K_MAIN: tl.constexpr, K_REST: tl.constexpr,
     DIM_V: tl.constexpr, V_MAIN: tl.constexpr, V_REST: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Add what the key rows `start .. stop - 1` contribute to `dq`, but for the scale."""
     for i_key in range(start, stop, BLOCK_N):
@@ -372,14 +380,14 @@ def _add_dq(
         if V_REST:
             b_v_rest = load_rows(p_v, o_v, m_key, V_MAIN, V_REST, DIM_V, MASKED)
         # [BLOCK_M, BLOCK_N]
-        b_s = dot_split(b_q, b_q_rest, b_k, b_k_rest, K_REST)
+        b_s = dot_split(b_q, b_q_rest, b_k, b_k_rest, K_REST, DEPTH)
         b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
         if MASKED:
             m_seen = (o_key[None, :] >= b_lower[:, None]) & (o_key[None, :] < b_upper[:, None])
             b_p = tl.where(m_seen, b_p, 0.0)
         if b_gate is not None:
             b_p *= b_gate[:, None]
-        b_dp = dot_split(b_grad, b_grad_rest, b_v, b_v_rest, V_REST)
+        b_dp = dot_split(b_grad, b_grad_rest, b_v, b_v_rest, V_REST, DEPTH)
         b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k.dtype)
         b_dq = dot(b_ds, b_k, b_dq)
         if K_REST:
@@ -434,6 +442,8 @@ def _interval_dkdv_kernel(
     V_REST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DEPTH: tl.constexpr = 0,
+    RELOAD: tl.constexpr = 0,
 ):
     """One program: `dk, dv` of one tile of key rows from one part of the group's heads."""
     columns = B * HK * splits
@@ -473,15 +483,20 @@ def _interval_dkdv_kernel(
     p_gate = gate
     if gate is not None:
         p_gate += o_stats
-    for phase in tl.static_range(3):
+    if RELOAD:
+        # One loop for all: what three of them need takes registers before the first.
+        full_start = stop
+    for phase in tl.static_range(1 if RELOAD else 3):
         span_start = start if phase == 0 else (full_start if phase == 1 else full_stop)
         span_stop = full_start if phase == 0 else (full_stop if phase == 1 else stop)
         b_dk, b_dk_rest, b_dv, b_dv_rest = _add_dkdv(
             b_dk, b_dk_rest, b_dv, b_dv_rest, b_k, b_k_rest, b_v, b_v_rest, o_key,
-            p_q, p_grad, lse_log2 + o_stats, delta + o_stats, p_gate,
+            p_k, o_k, p_v, o_v, m_key, p_q, p_grad,
+            lse_log2 + o_stats, delta + o_stats, p_gate,
             lower + i_batch * stride_bounds, upper + i_batch * stride_bounds,
             stride_qt, stride_qh, stride_gt, stride_gh, T, heads, span_start, span_stop, scale_log2,
-            phase != 1, PADDED, DIM_K, K_MAIN, K_REST, DIM_V, V_MAIN, V_REST, BLOCK_M,
+            phase != 1, PADDED, DIM_K, K_MAIN, K_REST, DIM_V, V_MAIN, V_REST, BLOCK_M, DEPTH,
+            RELOAD,
         )  # fmt: skip
 
     o_out = ((i_split * B + i_batch) * S + o_key) * HK + i_kv
@@ -496,14 +511,17 @@ def _interval_dkdv_kernel(
 @triton.jit
 def _add_dkdv(
     b_dk, b_dk_rest, b_dv, b_dv_rest, b_k, b_k_rest, b_v, b_v_rest, o_key,
-    p_q, p_grad, p_lse, p_delta, p_gate, p_lower, p_upper,
+    p_k, o_k, p_v, o_v, m_key, p_q, p_grad, p_lse, p_delta, p_gate, p_lower, p_upper,
     stride_qt, stride_qh, stride_gt, stride_gh, T, heads, start, stop, scale_log2,
     MASKED: tl.constexpr, PADDED: tl.constexpr,
     DIM_K: tl.constexpr, K_MAIN: tl.constexpr, K_REST: tl.constexpr,
     DIM_V: tl.constexpr, V_MAIN: tl.constexpr, V_REST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, DEPTH: tl.constexpr, RELOAD: tl.constexpr,
 ):  # fmt: skip
     """Add what the queries `start .. stop - 1` of some heads contribute, `dk` but for the scale.
+
+    With `RELOAD`, keys and values are loaded at each step: kept, they would fill the registers in
+    the form that products take them in.
 
     One loop over heads and queries: nested loops keep Triton from overlapping the outer's steps.
     """
@@ -530,8 +548,18 @@ def _add_dkdv(
         b_q_rest = b_q
         if K_REST:
             b_q_rest = load_rows(p_q_head, o_q, m_row, K_MAIN, K_REST, DIM_K, MASKED)
+        if RELOAD:
+            # A condition that always holds, of which the compiler only sees that it may change.
+            m_now = m_key & (i_query < stop)
+            b_k = load_rows(p_k, o_k, m_now, 0, K_MAIN, DIM_K, True)
+            b_v = load_rows(p_v, o_v, m_now, 0, V_MAIN, DIM_V, True)
+            b_k_rest, b_v_rest = b_k, b_v
+            if K_REST:
+                b_k_rest = load_rows(p_k, o_k, m_now, K_MAIN, K_REST, DIM_K, True)
+            if V_REST:
+                b_v_rest = load_rows(p_v, o_v, m_now, V_MAIN, V_REST, DIM_V, True)
         # [BLOCK_N, BLOCK_M]
-        b_s = dot_split(b_k, b_k_rest, b_q, b_q_rest, K_REST)
+        b_s = dot_split(b_k, b_k_rest, b_q, b_q_rest, K_REST, DEPTH)
         b_p = tl.exp2(b_s * scale_log2 - b_lse[None, :])
         if MASKED:
             m_seen = (o_key[:, None] >= b_lower[None, :]) & (o_key[:, None] < b_upper[None, :])
@@ -546,7 +574,7 @@ def _add_dkdv(
         b_dv = dot(b_p.to(b_grad.dtype), b_grad, b_dv)
         if V_REST:
             b_dv_rest = dot(b_p.to(b_grad.dtype), b_grad_rest, b_dv_rest)
-        b_dp = dot_split(b_v, b_v_rest, b_grad, b_grad_rest, V_REST)
+        b_dp = dot_split(b_v, b_v_rest, b_grad, b_grad_rest, V_REST, DEPTH)
         b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
         b_dk = dot(b_ds, b_q, b_dk)
         if K_REST:

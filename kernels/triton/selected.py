@@ -304,6 +304,7 @@ def _by_query_kernel(
     V_REST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     OWN_N: tl.constexpr,
+    DEPTH: tl.constexpr = 0,
 ):
     """One program: `HEADS` heads of `QUERIES` neighbouring queries of one sequence and KV head.
 
@@ -375,7 +376,7 @@ def _by_query_kernel(
             if K_REST:
                 b_k_rest = load_rows(p_k_tile, o_k, m_key, K_MAIN, K_REST, DIM_K, MASKED)
             # [ROWS, BLOCK_N]
-            b_s = dot_split(b_q, b_q_rest, b_k, b_k_rest, K_REST)
+            b_s = dot_split(b_q, b_q_rest, b_k, b_k_rest, K_REST, DEPTH)
             if MASKED:
                 b_seen = tl.where(m_chose, tl.minimum(b_upper - i_key, seen), 0)
                 b_s = tl.where(o_inside[None, :] < b_seen[:, None], b_s, float("-inf"))
@@ -525,6 +526,7 @@ def _by_block_kernel(
     V_REST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DEPTH: tl.constexpr = 0,
 ):
     """One program: one segment of a block's list against `BLOCK_N` of the block's keys.
 
@@ -574,7 +576,7 @@ def _by_block_kernel(
         p_upper = upper + i_batch * stride_bounds + first_query + o_query
         b_upper = tl.load(p_upper, mask=m_row, other=0)
         # [BLOCK_M, BLOCK_N]
-        b_s = dot_split(b_q, b_q_rest, b_k, b_k_rest, K_REST)
+        b_s = dot_split(b_q, b_q_rest, b_k, b_k_rest, K_REST, DEPTH)
         b_s = tl.where(o_key[None, :] < b_upper[:, None], b_s * scale_log2, float("-inf"))
         b_max = tl.max(b_s, 1)
         m_empty = b_max == float("-inf")

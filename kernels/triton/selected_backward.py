@@ -295,8 +295,14 @@ def _by_block_backward_kernel(
     V_MAIN: tl.constexpr,
     V_REST: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    DEPTH: tl.constexpr = 0,
+    RELOAD: tl.constexpr = 0,
 ):
-    """One program: one segment of a block's list against `BLOCK_N` of the block's keys."""
+    """One program: one segment of a block's list against `BLOCK_N` of the block's keys.
+
+    With `RELOAD`, keys and values are loaded at each step: kept, they would fill the registers in
+    the form that products take them in.
+    """
     i_part = tl.program_id(0) % PARTS
     i_work = tl.program_id(0) // PARTS
     i_bin, start, count = load_work(i_work, starts, counts, segment_ends, work_bins, bins, SEGMENT)
@@ -349,13 +355,23 @@ def _by_block_backward_kernel(
         o_stats = ((i_batch * T + o_query) * HK + i_kv) * G + o_member
         b_lse = tl.load(lse_log2 + o_stats, mask=m_row, other=float("inf"))
         b_delta = tl.load(delta + o_stats, mask=m_row, other=0.0)
+        if RELOAD:
+            # A condition that always holds, of which the compiler only sees that it may change.
+            m_now = m_key & (i_row < count * G)
+            b_k = load_rows(p_k, o_k, m_now, 0, K_MAIN, DIM_K, True)
+            b_v = load_rows(p_v, o_v, m_now, 0, V_MAIN, DIM_V, True)
+            b_k_rest, b_v_rest = b_k, b_v
+            if K_REST:
+                b_k_rest = load_rows(p_k, o_k, m_now, K_MAIN, K_REST, DIM_K, True)
+            if V_REST:
+                b_v_rest = load_rows(p_v, o_v, m_now, V_MAIN, V_REST, DIM_V, True)
         # [BLOCK_N, BLOCK_M]
-        b_s = dot_split(b_k, b_k_rest, b_q, b_q_rest, K_REST)
+        b_s = dot_split(b_k, b_k_rest, b_q, b_q_rest, K_REST, DEPTH)
         b_p = tl.exp2(b_s * scale_log2 - b_lse[None, :])
         b_p = tl.where(b_key[:, None] < b_upper[None, :], b_p, 0.0)
         if gate is not None:
             b_p *= tl.load(gate + o_stats, mask=m_row, other=0.0)[None, :]
-        b_dp = dot_split(b_v, b_v_rest, b_grad, b_grad_rest, V_REST)
+        b_dp = dot_split(b_v, b_v_rest, b_grad, b_grad_rest, V_REST, DEPTH)
         b_dv = dot(b_p.to(b_grad.dtype), b_grad, b_dv)
         if V_REST:
             b_dv_rest = dot(b_p.to(b_grad.dtype), b_grad_rest, b_dv_rest)

@@ -295,6 +295,7 @@ def _block_scores_kernel(
     K_REST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    DEPTH: tl.constexpr = 0,
 ):
     """One program: `BLOCK_M` queries against `BLOCK_N` compressed keys, summed over the group.
 
@@ -334,7 +335,7 @@ def _block_scores_kernel(
         if K_REST:
             b_q_rest = load_rows(p_q, o_q, m_row, K_MAIN, K_REST, DIM_K, True)
         b_lse = tl.load(p_lse, mask=m_row, other=0.0).to(tl.float32) * LOG2_E_DEVICE
-        b_s = dot_split(b_q, b_q_rest, b_k, b_k_rest, K_REST)
+        b_s = dot_split(b_q, b_q_rest, b_k, b_k_rest, K_REST, DEPTH)
         b_probability += tl.exp2(b_s * scale_log2 - b_lse[:, None])
         p_q += stride_qh
         p_lse += 1

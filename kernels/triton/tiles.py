@@ -60,12 +60,37 @@ def dot(b_a, b_b, accumulator):
 
 
 @triton.jit
-def dot_split(b_a, b_a_rest, b_b, b_b_rest, REST: tl.constexpr):
-    """`a @ b.T` over a head dimension that is cut in two: `[M, D] x [N, D] -> [M, N]`."""
+def dot_split(b_a, b_a_rest, b_b, b_b_rest, REST: tl.constexpr, DEPTH: tl.constexpr = 0):
+    """`a @ b.T` over a head dimension that is cut in two: `[M, D] x [N, D] -> [M, N]`.
+
+    With a `DEPTH`, pieces of so many columns are a batch of products, which warps share and whose
+    results are added up. Without one each warp multiplies all columns of its rows, and needs the
+    registers to hold them.
+    """
+    if DEPTH:
+        PIECES: tl.constexpr = max(b_a.shape[1] // DEPTH, 1)
+        pieces = tl.dot(*_cut(b_a, b_b, PIECES), input_precision="ieee")
+        if not REST:
+            return tl.sum(pieces, 0)
+        if REST >= 16 * PIECES:
+            pieces = tl.dot(*_cut(b_a_rest, b_b_rest, PIECES), pieces, input_precision="ieee")
+            return tl.sum(pieces, 0)
+        REST_PIECES: tl.constexpr = max(REST // DEPTH, 1)
+        rest = tl.dot(*_cut(b_a_rest, b_b_rest, REST_PIECES), input_precision="ieee")
+        return tl.sum(pieces, 0) + tl.sum(rest, 0)
     product = tl.dot(b_a, tl.trans(b_b), input_precision="ieee")
     if REST:
         product = tl.dot(b_a_rest, tl.trans(b_b_rest), product, input_precision="ieee")
     return product
+
+
+@triton.jit
+def _cut(b_a, b_b, PIECES: tl.constexpr):
+    """The operands of `a @ b.T` as a batch over pieces of the columns."""
+    DEPTH: tl.constexpr = b_a.shape[1] // PIECES
+    b_a = tl.reshape(b_a, [b_a.shape[0], PIECES, DEPTH])
+    b_b = tl.reshape(b_b, [b_b.shape[0], PIECES, DEPTH])
+    return tl.permute(b_a, (1, 0, 2)), tl.permute(b_b, (1, 2, 0))
 
 
 @triton.jit
