@@ -1,8 +1,9 @@
 """Times NSA as a whole on an NVIDIA GPU, through the public functions, next to its targets.
 
 Forward is `mean_compress` of K and V, then `nsa_attention`; backward is all of its gradients. Times
-are medians of device events around calls that follow one another without a pause. Prints one
-line per measurement and writes all of them as JSON.
+are medians of device events around calls that follow one another without a pause; where it is said,
+around replays of a CUDA graph, without the host's time. Prints one line per measurement, and has
+all so far in the JSON file.
 
     python ci/cuda_targets.py --out targets.json
 """
@@ -132,9 +133,9 @@ def _median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-def dense(T: int, repeats: int) -> dict[str, float]:
+def dense(T: int, batch: int, repeats: int) -> dict[str, float]:
     """Forward and backward of causal dense attention in A2's shape, cuDNN's."""
-    shape = Shape.of(T, SHAPES["A2"], dtype="bfloat16", device="cuda")
+    shape = Shape.of(T, SHAPES["A2"], batch=batch, dtype="bfloat16", device="cuda")
     tensors = (shape.queries(), *shape.keys(), shape.random(T, shape.heads, shape.value_dim))
     *inputs, do = (x.transpose(1, 2).contiguous() for x in tensors)
     q, k, v = (x.requires_grad_() for x in inputs)
@@ -152,7 +153,41 @@ def dense(T: int, repeats: int) -> dict[str, float]:
             median_ms(lambda: torch.autograd.grad(out, (q, k, v), do, retain_graph=True), repeats),
             3,
         ),
+        "both_in_a_graph_ms": graph_ms(
+            lambda: torch.autograd.grad(forward(), (q, k, v), do), repeats
+        ),
     }
+
+
+def decode_ms(batch: int, context: int, repeats: int) -> float:
+    """One more token of `batch` sequences in A2's shape, its compressed keys at hand."""
+    config = nsa_port.NSAConfig()
+    shape = Shape.of(context, SHAPES["A2"], batch=batch, dtype="bfloat16", device="cuda")
+    k, v = shape.keys()
+    k_cmp, v_cmp = (nsa_port.mean_compress(x, config, backend="cuda") for x in (k, v))
+    q = shape.random(1, shape.heads, shape.key_dim)
+    gates = shape.gates(1)
+    with torch.no_grad():
+        return graph_ms(
+            lambda: nsa_port.nsa_attention(
+                q, k_cmp, v_cmp, k, v, k, v, gates, config, backend="cuda"
+            ),
+            repeats,
+        )
+
+
+def graph_ms(call: Callable[[], Any], repeats: int) -> float:
+    """Of a call that is captured in a CUDA graph and replayed."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return round(median_ms(graph.replay, 4 * repeats), 4)
 
 
 def median_ms(call: Callable[[], Any], repeats: int) -> float:
@@ -166,18 +201,25 @@ def median_ms(call: Callable[[], Any], repeats: int) -> float:
     return _median([first.elapsed_time(second) for first, second in pairwise(marks)])
 
 
-def measure(repeats: int) -> list[dict[str, Any]]:
+def measure(repeats: int, keep: Callable[[list[dict[str, Any]]], None]) -> None:
     rows: list[dict[str, Any]] = []
 
-    def add(name: str, call: Call) -> dict[str, Any]:
+    def note(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print(row, flush=True)
+        keep(rows)
+        torch.cuda.empty_cache()
+
+    def add(name: str, call: Call, in_a_graph: bool = False) -> None:
         torch.manual_seed(0)
         row = {"what": name, "shape": call.shape, "T": call.T, **medians(call, repeats)}
         if name in ("random", "correlated") and (call.shape, call.T) in TARGETS:
             row["must_forward_ms"], row["must_backward_ms"] = TARGETS[call.shape, call.T]
-        rows.append(row)
-        print(row, flush=True)
-        torch.cuda.empty_cache()
-        return row
+        if call.batch > 1:
+            row["batch"] = call.batch
+        if in_a_graph:
+            row["both_in_a_graph_ms"] = graph_ms(lambda: call.backward(call.forward()), repeats)
+        note(row)
 
     for shape in ("A2", "A1", "B"):
         for T in (8192, 16384, 32768, 65536):
@@ -191,10 +233,12 @@ def measure(repeats: int) -> list[dict[str, Any]]:
     add("packed", Call("A2", sum(mixed), lengths=mixed))
     add("unpacked", Call("A2", sum(mixed)))
     for T in (512, 1024):
-        add("short", Call("A2", T))
-        rows.append({"what": "short, dense", "shape": "A2", "T": T, **dense(T, repeats)})
-        print(rows[-1], flush=True)
-    return rows
+        for batch in (1, 16):
+            add("short", Call("A2", T, batch), in_a_graph=True)
+            note({"what": "short, dense", "T": T, "batch": batch, **dense(T, batch, repeats)})
+    for batch, context in ((1, 8192), (1, 65536), (16, 8192), (16, 65536), (64, 8192), (64, 65536)):
+        ms = decode_ms(batch, context, repeats)
+        note({"what": "decode, in a graph", "T": context, "batch": batch, "forward_ms": ms})
 
 
 def main() -> None:
@@ -210,9 +254,13 @@ def main() -> None:
         "python": sys.version.split()[0],
         "nsa_port": nsa_port.__version__,
     }
-    results = {**facts, "measurements": measure(arguments.repeats)}
-    if arguments.out:
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        if arguments.out:
+            text = json.dumps({**facts, "measurements": rows}, indent=1) + "\n"
+            arguments.out.write_text(text, encoding="utf-8")
+
+    measure(arguments.repeats, keep)
 
 
 if __name__ == "__main__":
