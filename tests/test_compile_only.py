@@ -41,3 +41,12 @@ def test_the_driver_before_is_back_afterwards() -> None:
     with compiling_for("sm_90"):
         assert triton.runtime.driver._active is not before
     assert triton.runtime.driver._active is before
+
+
+def test_one_kernel_alone_is_compiled_where_only_it_is_wanted() -> None:
+    with compiling_for("sm_90", only="another") as builds:
+        multiply()
+    assert builds == []
+    with compiling_for("sm_90", only="matmul") as builds:
+        multiply()
+    assert [build.name for build in builds] == ["matmul"]

@@ -46,9 +46,9 @@ def built(arch: str, kernel: str, shape: Shape, values: dict[str, int]) -> Compi
     call, function = FUNCTIONS[kernel]
     # The kernel that others take in place of `selected_by_wave`.
     module = shared if kernel == "selected_by_query" else amd
-    with choosing(kernel, values), compiling_for(arch, ANY) as builds:
+    with choosing(kernel, values), compiling_for(arch, ANY, only=function) as builds:
         calls(module, shape)[call]()
-    build = next(build for build in builds if build.name == function)
+    build = builds[0]
     return inspect(build.assembly, build.shared)
 
 

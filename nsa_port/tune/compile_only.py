@@ -127,16 +127,20 @@ def target_named(arch: str) -> GPUTarget:
 
 
 @contextmanager
-def compiling_for(arch: str, shared_memory: int | None = None) -> Iterator[list[Build]]:
+def compiling_for(
+    arch: str, shared_memory: int | None = None, only: str = ""
+) -> Iterator[list[Build]]:
     """Compile for `arch` whatever is launched inside; yields the list that builds are added to.
 
     A kernel that needs more than `shared_memory` (by default what the architecture has) raises.
+    With `only`, kernels of another name are passed over.
     """
     before = driver._active
     active = CompileOnlyDriver(target_named(arch), shared_memory or SHARED_MEMORY[arch])
     driver.set_active(active)
     kept: list[Build] = []
-    hook = triton.knobs.runtime.kernel_load_end_hook
+    knobs = triton.knobs.runtime
+    hooks = knobs.kernel_load_end_hook, knobs.jit_cache_hook
 
     def keep(module: Any, function: Any, name: str, metadata_group: Any, hash: str) -> None:
         files = {Path(file).suffix: Path(path) for file, path in metadata_group.items()}
@@ -156,11 +160,16 @@ def compiling_for(arch: str, shared_memory: int | None = None) -> Iterator[list[
             )
         )
 
-    triton.knobs.runtime.kernel_load_end_hook = keep
+    def pass_over(fn: Any, **rest: Any) -> bool:
+        return fn.name != only
+
+    knobs.kernel_load_end_hook = keep
+    if only:
+        knobs.jit_cache_hook = pass_over
     try:
         yield kept
     finally:
-        triton.knobs.runtime.kernel_load_end_hook = hook
+        knobs.kernel_load_end_hook, knobs.jit_cache_hook = hooks
         driver._active = before
 
 

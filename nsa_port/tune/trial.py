@@ -88,14 +88,13 @@ def compile_candidate(job: Job, kernel: str, values: Values, may_spill: int = 0)
     calls = job.calls(_COMPILED_LENGTH, "cpu", empty=True)
     try:
         with (
-            compiling_for(job.arch, job.shared_memory) as builds,
+            compiling_for(job.arch, job.shared_memory, KERNELS[kernel].function) as own,
             tuned_to(changes(kernel, values)),
         ):
             for name in KERNELS[kernel].calls:
                 calls.run(name)
     except Exception as error:  # whatever keeps it from compiling takes the candidate out
         return _first_line(error)
-    own = [build for build in builds if build.name == KERNELS[kernel].function]
     if not own:
         return "these calls do not launch it"
     spilled = max(build.stack for build in own)
