@@ -167,13 +167,19 @@ def test_reversed_subtractions() -> None:
     assert (result.vector(2)[0], result.vector(3)[0]) == (M32 - 1, M32 - 2)
 
 
-def test_wide_multiply_add() -> None:
+@pytest.mark.parametrize(
+    ("gpu", "lanes", "infix", "carry"),
+    [("gfx942", 64, "", "s[8:9]"), ("gfx1100", 32, "", "s8"), ("gfx1201", 32, "co_", "s8")],
+)
+def test_wide_multiply_add(gpu: str, lanes: int, infix: str, carry: str) -> None:
     random = np.random.default_rng(1)
-    a, b = random.integers(0, 2**32, (2, 64), np.uint32)
-    c = random.integers(0, 2**64, 64, np.uint64)
+    a, b = random.integers(0, 2**32, (2, lanes), np.uint32)
+    c = random.integers(0, 2**64, lanes, np.uint64)
+    unused = "s[10:11]" if lanes == 64 else "null"
     result = execute(
-        "gfx942",
-        "v_mad_u64_u32 v[4:5], s[8:9], v0, v1, v[2:3]\nv_mad_i64_i32 v[6:7], s[10:11], v0, v1, 5",
+        gpu,
+        f"v_mad_{infix}u64_u32 v[4:5], {carry}, v0, v1, v[2:3]\n"
+        f"v_mad_{infix}i64_i32 v[6:7], {unused}, v0, v1, 5",
         vectors={0: a, 1: b, 2: c},
     )
     exact = [int(x) * int(y) + int(z) for x, y, z in zip(a, b, c, strict=True)]

@@ -51,7 +51,7 @@ def compile_carry(instruction: Instruction, architecture: Architecture) -> Step:
 
 
 def compile_wide_multiply_add(instruction: Instruction, architecture: Architecture) -> Step:
-    """v_mad_u64_u32, v_mad_i64_i32: a 64-bit sum of a 32 x 32 bit product."""
+    """v_mad_u64_u32, v_mad_i64_i32 (gfx12: v_mad_co_*): a 64-bit sum of a 32 x 32 bit product."""
     kind, wide = ("i32", int64) if "i64" in instruction.name else ("u32", uint64)
     destination, carry_out, *sources = instruction.operands
     left, right = read_vector(sources[0], kind), read_vector(sources[1], kind)
@@ -110,6 +110,7 @@ TABLE: Mapping[str, Compile] = {
     "v_mad_u64_u32": compile_wide_multiply_add,
     "v_mad_i64_i32": compile_wide_multiply_add,
     "v_mad_co_u64_u32": compile_wide_multiply_add,
+    "v_mad_co_i64_i32": compile_wide_multiply_add,
     "v_div_scale_f32": compile_division_scale,
     "v_div_fmas_f32": compile_division_step,
 }
