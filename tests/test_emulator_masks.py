@@ -189,18 +189,6 @@ def test_wide_multiply_add(gpu: str, lanes: int, infix: str, carry: str) -> None
     same(result.wide_vector(6, np.int64), signed)
 
 
-def test_wide_multiply_add_by_the_name_it_has_on_gfx12() -> None:
-    a, b = np.arange(-16, 16, dtype=np.int32), np.arange(32, dtype=np.int32) * 2**26
-    result = execute(
-        "gfx1201",
-        "v_mad_co_i64_i32 v[4:5], null, v0, v1, 7\nv_mad_co_u64_u32 v[6:7], null, v0, v1, 7",
-        vectors={0: a, 1: b},
-    )
-    same(result.wide_vector(4, np.int64), a.astype(np.int64) * b + 7)
-    unsigned = a.view(np.uint32).astype(np.uint64) * b.view(np.uint32) + np.uint64(7)
-    same(result.wide_vector(6), unsigned)
-
-
 DIVISION = """
 v_div_scale_f32 v4, {0}, v1, v1, v0
 v_div_scale_f32 v5, vcc, v0, v1, v0
