@@ -141,9 +141,10 @@ def _compile_every_width(
     arguments: tuple[Any, ...], indices: Tensor, config: NSAConfig, form: dict[str, int]
 ) -> None:
     """With the first length on an NVIDIA GPU, compile for all others: none stops for it later."""
-    arch = arch_of(indices)
-    key = (arch, indices.device, config, *form.values())
-    if key in _compiled or not arch.startswith("sm_"):
+    if not arch_of(indices).startswith("sm_"):
+        return
+    key = (triton.runtime.driver.active.get_current_device(), config, *form.values())
+    if key in _compiled:
         return
     _compiled.add(key)
     for width, held in (*((size, True) for size in _TOP_BLOCKS), (_TOP_BLOCKS[-1], False)):
