@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+LARGEST_OFFSET = 2**29
+"""Elements of 4 bytes that a buffer instruction reaches from its base."""
+
 
 @dataclass(frozen=True, slots=True)
 class Chip:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from nsa_port.kernels.triton.host import cdiv
+
 
 @gluon.jit
 def item_of(i_workgroup, items, DIES: gl.constexpr):
@@ -20,16 +22,4 @@ def item_of(i_workgroup, items, DIES: gl.constexpr):
 
 def workgroups(items: int, dies: int) -> int:
     """How many workgroups cover the items."""
-    return -(-items // dies) * dies
-
-
-@gluon.jit
-def tile_of(tile_first, tile_stop, i_tile, SIZE: gl.constexpr, num_tokens):
-    """The first token of each tile and the one past its last (`bounds.cut_tiles`)."""
-    if tile_first is None:
-        first = i_tile * SIZE
-        stop = gl.minimum(first + SIZE, num_tokens)
-    else:
-        first = gl.load(tile_first + i_tile)
-        stop = gl.load(tile_stop + i_tile)
-    return first, stop
+    return cdiv(items, dies) * dies

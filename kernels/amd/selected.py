@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from nsa_port.kernels.amd.chips import CHIPS
+from nsa_port.kernels.amd.chips import CHIPS, LARGEST_OFFSET
 from nsa_port.kernels.amd.matrix_tiles import (
     as_left_operand,
     load_keys,
@@ -29,10 +29,10 @@ from nsa_port.kernels.amd.matrix_tiles import (
     scores_layout,
     store_result,
 )
-from nsa_port.kernels.amd.placement import item_of, tile_of, workgroups
+from nsa_port.kernels.amd.placement import item_of, workgroups
 from nsa_port.kernels.geometry import Layout, NSAConfig
 from nsa_port.kernels.triton import selected
-from nsa_port.kernels.triton.bounds import Kind, QueryBounds, cut_tiles, query_bounds
+from nsa_port.kernels.triton.bounds import Kind, QueryBounds, cut_tiles, query_bounds, tile_of
 from nsa_port.kernels.triton.host import (
     LOG2_E,
     arch_of,
@@ -47,14 +47,11 @@ from nsa_port.kernels.triton.host import (
 from nsa_port.kernels.triton.lists import block_rows
 from nsa_port.kernels.triton.sharing import COUNTS, FIELDS, most_queries, share_blocks
 from nsa_port.kernels.triton.splitting import leaves_idle, merge_splits, split_keys, split_range
+from nsa_port.kernels.triton.tiles import LOG_2
 
 _BY_WAVE, _BY_TILE = "selected_by_wave", "selected_by_tile"
 _ROWS = 16
 """Of MFMA's tile."""
-
-_LOG_2 = gl.constexpr(0.6931471805599453)
-_LARGEST_OFFSET = 2**29
-"""Elements of 4 bytes that a buffer instruction reaches from its base."""
 
 _MOST_ROWS = 64
 """Of a tile, whatever its kind."""
@@ -200,7 +197,7 @@ def _serves(q: Tensor, k: Tensor, v: Tensor, config: NSAConfig) -> bool:
         return False
     if not tuned(arch, _BY_WAVE, q.element_size(), Dk, Dv)["most_heads"]:
         return False
-    return max(*q.stride()[1:3], k.stride(1), v.stride(1)) * _MOST_ROWS < _LARGEST_OFFSET
+    return max(*q.stride()[1:3], k.stride(1), v.stride(1)) * _MOST_ROWS < LARGEST_OFFSET
 
 
 @gluon.jit(do_not_specialize=["items", "splits", "B", "T", "stride_bounds"])
@@ -316,7 +313,7 @@ def _by_wave_kernel(
 
     m_empty = running_sum == 0.0
     running_sum = gl.where(m_empty, 1.0, running_sum)
-    b_lse = gl.where(m_empty, float("-inf"), (running_max + gl.log2(running_sum)) * _LOG_2)
+    b_lse = gl.where(m_empty, float("-inf"), (running_max + gl.log2(running_sum)) * LOG_2)
     o_out = o_query * HK * G + i_head
     if SPLIT:
         o_out += i_split * B * T * HK * G
@@ -443,7 +440,7 @@ def _by_tile_kernel(
     # Rows that see nothing may hold anything.
     m_empty = (running_sum == 0.0) | (m_seeing == 0)
     running_sum = gl.where(m_empty, 1.0, running_sum)
-    b_lse = gl.where(m_empty, float("-inf"), (running_max + gl.log2(running_sum)) * _LOG_2)
+    b_lse = gl.where(m_empty, float("-inf"), (running_max + gl.log2(running_sum)) * LOG_2)
     o_out = ((i_batch * T + first) * HK + i_kv) * G
     gl.store(lse + o_out + o_query * (HK * G) + o_head, b_lse, mask=m_row)
     p_out = out + o_out * DIM_V

@@ -11,60 +11,28 @@ too long for a wave's registers, and indices beyond a buffer's reach go to the s
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from nsa_port.kernels.amd.chips import lanes_of
-from nsa_port.kernels.amd.placement import tile_of
-from nsa_port.kernels.geometry import Layout, NSAConfig
+from nsa_port.kernels.amd.chips import LARGEST_OFFSET, lanes_of
+from nsa_port.kernels.geometry import NSAConfig
 from nsa_port.kernels.triton import selection
-from nsa_port.kernels.triton.bounds import Kind, QueryBounds, query_bounds
-from nsa_port.kernels.triton.host import arch_of, cdiv, next_power_of_2, on_device_of
-from nsa_port.kernels.triton.selection import Scored, choose_blocks
+from nsa_port.kernels.triton.bounds import tile_of
+from nsa_port.kernels.triton.host import arch_of, cdiv, next_power_of_2
+from nsa_port.kernels.triton.selection import FORCED, Scored, choose_blocks
 
 _HELD = 32
 """Blocks that a lane holds if that is enough; rows that are too long for it take twice as many."""
-
-_LARGEST_INDICES = 2**29
-"""Elements of 4 bytes that a buffer instruction reaches from its base."""
-
-_FORCED = gl.constexpr(0x7F800000)
-"""The rank of a forced block: infinity's."""
-
-
-def select_blocks(
-    q: Tensor, k_cmp: Tensor, lse: Tensor, config: NSAConfig, layout: Layout, scale: float
-) -> Tensor:
-    """The blocks each query and KV head attends to (Eq. 9 to 11). int32 `[B, T, HK, n]`."""
-    T, C = q.shape[1], k_cmp.shape[1]
-    with on_device_of(q):
-        visible = query_bounds(Kind.COMPRESSED, T, C, config, layout, q.device)
-        causal = query_bounds(Kind.CAUSAL, T, layout.num_keys, config, layout, q.device)
-        return blocks_of(q, k_cmp, lse, visible, causal, config, layout, scale)
-
-
-def blocks_of(
-    q: Tensor,
-    k_cmp: Tensor,
-    lse: Tensor,
-    visible: QueryBounds,
-    causal: QueryBounds,
-    config: NSAConfig,
-    layout: Layout,
-    scale: float,
-) -> Tensor:
-    """`select_blocks` with the bounds at hand, on the current device."""
-    return selection.blocks_of(
-        q, k_cmp, lse, visible, causal, config, layout, scale, choose=_choose_blocks
-    )
 
 
 def _choose_blocks(indices: Tensor, found: Scored, config: NSAConfig) -> None:
     """`choose_blocks` by the kernel here where it serves."""
     wave = lanes_of(arch_of(indices))
     width = max(4, next_power_of_2(found.blocks))
-    far = indices.numel() >= _LARGEST_INDICES
+    far = indices.numel() >= LARGEST_OFFSET
     if not found.folded or far or width > 2 * _HELD * wave:
         choose_blocks(indices, found, config)
         return
@@ -101,6 +69,13 @@ def _choose_blocks(indices: Tensor, found: Scored, config: NSAConfig) -> None:
         num_warps=1,
         num_stages=1,
     )
+
+
+blocks_of = partial(selection.blocks_of, choose=_choose_blocks)
+"""`select_blocks` with the bounds at hand, on the current device."""
+
+select_blocks = partial(selection.select_blocks, choose=_choose_blocks)
+"""The blocks each query and KV head attends to (Eq. 9 to 11). int32 `[B, T, HK, n]`."""
 
 
 _LENGTHS = ["rows", "first_tile", "T", "B", "columns", "stride_visible", "stride_causal"]
@@ -179,7 +154,7 @@ def _top_blocks_kernel(
     )  # fmt: skip
     high = gl.max(gl.max(b_rank, 2), 1) + 1
     m_forced = (o_held < init_blocks - first) | (o_held >= b_candidates - local_blocks)
-    b_rank = gl.where(m_forced & (b_rank >= 0), _FORCED, b_rank)
+    b_rank = gl.where(m_forced & (b_rank >= 0), FORCED, b_rank)
     low = gl.full([ROWS], 0, gl.int32, ROW)
     # Of `SLOTS >= n` groups, each has a block that ranks at least as high as the worst one's best.
     GROUPS: gl.constexpr = SLOTS // LANES if SLOTS > LANES else 1
@@ -190,7 +165,7 @@ def _top_blocks_kernel(
     count = _count_from(b_rank, high)
     # How many blocks rank at `low` or above: more than n, where that is not known.
     taken = gl.where(count >= n, n, n + 1)
-    low = gl.where(count >= n, _FORCED, low)
+    low = gl.where(count >= n, FORCED, low)
     m_open = (count < n) & (candidates > n) & (high - low > 1)
     while gl.max(m_open.to(gl.int32), 0) > 0:
         trial = low + ((high - low) >> 1)

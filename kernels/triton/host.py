@@ -16,6 +16,10 @@ from nsa_port.kernels.tables import tuned as tuned
 
 LOG2_E = math.log2(math.e)
 
+HAS_HOPPER_GLUON = triton.__version__.startswith("3.6.")
+"""Whether this is the Triton that the kernels for Hopper are written for: Gluon is not the same
+from one to the next."""
+
 
 class HeadSplit(NamedTuple):
     """A head dimension as the kernels cut it: `dim <= main + rest`, each a power of two or 0."""

@@ -16,6 +16,7 @@ from nsa_port.kernels.geometry import Layout, NSAConfig
 from nsa_port.kernels.tables import Values
 from nsa_port.kernels.triton.bounds import Kind, QueryBounds, cut_tiles, query_bounds, tile_of
 from nsa_port.kernels.triton.host import (
+    HAS_HOPPER_GLUON,
     LOG2_E,
     arch_of,
     on_device_of,
@@ -33,11 +34,6 @@ from nsa_port.kernels.triton.tiles import (
     load_rows,
     store_rows,
 )
-
-_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
-_GLUON = (3, 6)
-"""The Triton that the kernels for Hopper are written for: Gluon is not the same from one to the
-next."""
 
 
 def compressed_attention(
@@ -128,7 +124,7 @@ def hopper_values(kernel: str, q: Tensor, *others: Tensor) -> Values | None:
     accelerator, which wants addresses that are multiples of 16 bytes, and they pay from a number of
     queries on.
     """
-    if arch_of(q) != "sm_90" or _TRITON != _GLUON:
+    if arch_of(q) != "sm_90" or not HAS_HOPPER_GLUON:
         return None
     try:
         dims = (q.shape[3], others[-1].shape[3])

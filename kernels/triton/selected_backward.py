@@ -19,6 +19,7 @@ from torch import Tensor
 from nsa_port.kernels.geometry import Layout, NSAConfig
 from nsa_port.kernels.triton.bounds import Kind, QueryBounds, query_bounds
 from nsa_port.kernels.triton.host import (
+    HAS_HOPPER_GLUON,
     LOG2_E,
     arch_of,
     cdiv,
@@ -35,9 +36,6 @@ from nsa_port.kernels.triton.lists import block_keys, block_lists, block_rows, l
 from nsa_port.kernels.triton.preparation import backward_rows
 from nsa_port.kernels.triton.selected import query_chunk
 from nsa_port.kernels.triton.tiles import dot, dot_split, load_rows, store_rows
-
-_GLUON = "3.6."
-"""The Triton that the kernel for Hopper is written for: Gluon changes from one to the next."""
 
 
 def selected_attention_backward(
@@ -216,7 +214,7 @@ def _kernel_for(
     values: dict[str, int], block_n: int, grad_out: Tensor, q: Tensor, v: Tensor
 ) -> tuple[Any, dict[str, int]]:
     """The kernel to run, and the constants that are its own."""
-    if values.get("gluon") and triton.__version__.startswith(_GLUON):
+    if values.get("gluon") and HAS_HOPPER_GLUON:
         # Not at the top: Gluon is there for Hopper alone.
         from nsa_port.kernels.triton import selected_backward_hopper as hopper
 

@@ -152,14 +152,24 @@ def _compile_every_width(
 
 
 def select_blocks(
-    q: Tensor, k_cmp: Tensor, lse: Tensor, config: NSAConfig, layout: Layout, scale: float
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    config: NSAConfig,
+    layout: Layout,
+    scale: float,
+    *,
+    choose: Callable[[Tensor, Scored, NSAConfig], None] = choose_blocks,
 ) -> Tensor:
-    """The blocks each query and KV head attends to (Eq. 9 to 11). int32 `[B, T, HK, n]`."""
+    """The blocks each query and KV head attends to (Eq. 9 to 11). int32 `[B, T, HK, n]`.
+
+    `choose` is for a kernel of another folder in place of `choose_blocks`.
+    """
     T, C = q.shape[1], k_cmp.shape[1]
     with on_device_of(q):
         visible = query_bounds(Kind.COMPRESSED, T, C, config, layout, q.device)
         causal = query_bounds(Kind.CAUSAL, T, layout.num_keys, config, layout, q.device)
-        return blocks_of(q, k_cmp, lse, visible, causal, config, layout, scale)
+        return blocks_of(q, k_cmp, lse, visible, causal, config, layout, scale, choose=choose)
 
 
 def blocks_of(
@@ -174,10 +184,7 @@ def blocks_of(
     *,
     choose: Callable[[Tensor, Scored, NSAConfig], None] = choose_blocks,
 ) -> Tensor:
-    """`select_blocks` with the bounds at hand, on the current device.
-
-    `choose` is for a kernel of another folder in place of `choose_blocks`.
-    """
+    """`select_blocks` with the bounds at hand, on the current device."""
     lse = last_contiguous(lse)
     B, T, H, Dk = q.shape
     C, HK = k_cmp.shape[1:3]
