@@ -109,8 +109,8 @@ class Reason:
 class TritonInfo:
     """The module `triton` that an import would really give.
 
-    Distribution names prove nothing: triton, pytorch-triton-rocm and triton-ascend install the
-    same folder over each other, so everything but `owners` is read from the folder.
+    Distribution names prove nothing: triton, triton-rocm and triton-ascend install the same
+    folder over each other, so everything but `owners` is read from the folder.
 
     Args:
         version: `triton.__version__`.

@@ -35,7 +35,10 @@ class RocmBackend:
         return (
             *found,
             *triton_reasons(
-                environment, least=_LEAST_TRITON, compiler="amd", distribution="nsa-port[rocm]"
+                environment,
+                least=_LEAST_TRITON,
+                compiler="amd",
+                distribution=_distribution(environment.hip_version),
             ),
         )
 
@@ -72,6 +75,14 @@ class RocmBackend:
             *dtype_reasons(self.name, problem, bfloat16=not interpreted),
             *head_dim_reasons(problem),
         )
+
+
+def _distribution(hip_version: str | None) -> str:
+    """What pip is to install: the Triton that torch's index has for the ROCm at hand."""
+    if hip_version is None:
+        return "nsa-port[emulate]"
+    rocm = ".".join(hip_version.split(".")[:2])
+    return f"nsa-port[rocm] --extra-index-url https://download.pytorch.org/whl/rocm{rocm}"
 
 
 def _emulator_reasons(environment: Environment) -> tuple[Reason, ...]:

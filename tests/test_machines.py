@@ -37,7 +37,9 @@ class Wheel:
 
 TRITON = Wheel("triton", "3.6.0")
 FOR_NVIDIA = Wheel("triton", "3.6.0", ("nvidia",))
-FOR_ROCM = Wheel("pytorch-triton-rocm", "3.6.0")
+FOR_ROCM = Wheel("triton-rocm", "3.6.0")
+AMDS_OWN = Wheel("triton", "3.6.0+rocm7.2.0.git20943800")
+OLD = Wheel("pytorch-triton-rocm", "3.5.1")
 STALE = Wheel("pytorch-triton-rocm", "2.1.0", ())
 
 Gpu = Callable[..., Environment]
@@ -147,6 +149,35 @@ def test_a_partition_of_chiplets_is_the_same_architecture(mode: str, units: int,
     assert runs_when_forced(machine)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="kernels need Triton")
+@pytest.mark.parametrize(
+    ("product", "arch", "units", "dies"),
+    [
+        ("MI300X", "gfx942", 304, 8),
+        ("MI300X in DPX", "gfx942", 152, 4),
+        ("MI300X in QPX", "gfx942", 76, 2),
+        ("MI300X in CPX", "gfx942", 38, 1),
+        ("MI300A", "gfx942", 228, 6),
+        ("MI308X", "gfx942", 80, 4),
+        ("MI308X in CPX", "gfx942", 20, 1),
+        ("MI355X", "gfx950", 256, 8),
+        ("MI355X in CPX", "gfx950", 32, 1),
+        ("of which nothing is known", "gfx950", 250, 1),
+        ("MI250X, half of it", "gfx90a", 110, 1),
+    ],
+)
+def test_work_is_placed_by_the_dies_that_the_device_has(
+    product: str, arch: str, units: int, dies: int, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nsa_port.kernels.amd import chips
+    from nsa_port.kernels.triton import host
+
+    machine = gpu(arch, FOR_ROCM, units=units, name=f"AMD Instinct {product}")
+    monkeypatch.setattr(chips, "multiprocessors", host.multiprocessors.__wrapped__)  # no cache
+    assert chips.dies_of(machine.arch, torch.device("cuda", 0)) == dies
+    assert chips.dies_of(machine.arch, torch.device("cpu")) == chips.CHIPS[arch].dies
+
+
 @pytest.mark.parametrize(
     "name", ["gfx1034", "gfx1030", "gfx908:sramecc+:xnack-", "gfx1151", "gfx9999", ""]
 )
@@ -174,6 +205,10 @@ def test_a_consumer_card_is_taken_when_forced_with_its_own_table(gpu: Gpu) -> No
     [
         ((FOR_ROCM,), set()),
         ((TRITON,), set()),
+        ((AMDS_OWN,), set()),
+        ((OLD,), {"triton_too_old"}),
+        ((OLD, FOR_ROCM), set()),
+        ((TRITON, OLD), {"triton_too_old", "triton_overwritten"}),
         ((TRITON, FOR_ROCM), set()),
         ((FOR_ROCM, TRITON), set()),
         ((FOR_NVIDIA, FOR_ROCM), set()),
@@ -203,13 +238,14 @@ def test_the_triton_that_would_be_imported_decides_in_whatever_order_it_came(
 def test_a_triton_that_went_with_another_is_missed_and_reinstalled(gpu: Gpu) -> None:
     """pip still lists the other one, and would install nothing without the first half."""
     machine = gpu("gfx942", TRITON, FOR_ROCM, removed=("triton",))
-    remedy = "pip uninstall -y pytorch-triton-rocm && pip install nsa-port[rocm]"
-    assert reasons(machine, "rocm")["triton_missing"] == remedy
+    remedy = "pip uninstall -y triton-rocm && pip install nsa-port[rocm] --extra-index-url "
+    index = "https://download.pytorch.org/whl/rocm6.4"
+    assert reasons(machine, "rocm")["triton_missing"] == remedy + index
     assert not runs_when_forced(machine)
 
 
 def test_each_wheel_that_brings_triton_is_named(tmp_path: Path) -> None:
     for wheel in (TRITON, FOR_ROCM):
         install(tmp_path, wheel)
-    owners = ("triton", "pytorch-triton-rocm")
+    owners = ("triton", "triton-rocm")
     assert found_in(tmp_path) == TritonInfo("3.6.0", ("amd", "nvidia"), owners)

@@ -43,7 +43,7 @@ MI300X = Environment(
     arch="gfx942",
     hip_version="6.4",
     processors=304,
-    triton=TritonInfo("3.6.0", BOTH, ("pytorch-triton-rocm",)),
+    triton=TritonInfo("3.6.0", BOTH, ("triton-rocm",)),
 )
 MACHINES = {
     "h200": H200,

@@ -16,7 +16,7 @@ from nsa_port.emulator.architectures import ARCHITECTURES
 from nsa_port.emulator.report import Compiled, inspect
 from nsa_port.kernels import amd
 from nsa_port.kernels import triton as shared
-from nsa_port.kernels.amd import selection
+from nsa_port.kernels.amd import selected, selection
 from nsa_port.kernels.amd.chips import CHIPS, lanes_of
 from nsa_port.kernels.amd.placement import workgroups
 from nsa_port.kernels.geometry import Layout, NSAConfig
@@ -96,7 +96,7 @@ def test_strides_beyond_a_buffer_instruction_go_to_the_shared_kernel() -> None:
 
 
 @pytest.mark.parametrize("items", [1, 7, 8, 9, 1000])
-@pytest.mark.parametrize("dies", [1, 8])
+@pytest.mark.parametrize("dies", [1, 2, 6, 8])
 def test_every_item_is_taken_once_and_a_die_takes_neighbours(items: int, dies: int) -> None:
     """`placement.item_of`, spelled out."""
     count = workgroups(items, dies)
@@ -106,6 +106,23 @@ def test_every_item_is_taken_once_and_a_die_takes_neighbours(items: int, dies: i
     for die in range(dies):
         mine = [taken[w] for w in range(die, count, dies)]
         assert mine == list(range(mine[0], mine[0] + each))
+
+
+@pytest.mark.parametrize("group", [4, 16])
+def test_the_number_of_dies_changes_no_bit(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of MI300X, whole and in partitions, and of MI300A."""
+    results = []
+    for dies in (8, 6, 2, 1):
+        monkeypatch.setattr(selected, "dies_of", lambda arch, device, dies=dies: dies)
+        with emulator.emulated("gfx942") as session:
+            shape = Shape(queries=67, keys=256, group=group, key_dim=32, value_dim=32)
+            results.append(calls(amd, shape)["selected"]())
+        launched = session.launches[-1]
+        assert launched.name == ("_by_tile_kernel" if group == 4 else "_by_wave_kernel")
+        assert launched.shape.grid[0] % dies == 0
+    for out, lse in results[1:]:
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(lse, results[0][1])
 
 
 @pytest.mark.parametrize("arch", CHIPS)

@@ -125,14 +125,20 @@ def test_what_splits_the_keys_of_few_queries_fits_hopper(
     assert all(build.stack == 0 and not reads_before_writes(build.binary) for build in builds)
 
 
-def test_a_new_length_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lengths, and the strides that follow from them, are no part of a kernel."""
-    compiled: list[str] = []
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The device functions that have been compiled."""
+    names: list[str] = []
 
     def note(fn: Any, **rest: Any) -> None:
-        compiled.append(fn.name)
+        names.append(fn.name)
 
     monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", note)
+    return names
+
+
+def test_a_new_length_compiles_nothing(compiled: list[str]) -> None:
+    """Lengths, and the strides that follow from them, are no part of a kernel."""
     with compiling_for("sm_90"):
         for T in (1024, 1100):
             for kernel in FUNCTIONS:
@@ -142,4 +148,24 @@ def test_a_new_length_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         for T in (1101, 1537, 2048, 3000, 9000):
             for kernel in FUNCTIONS:
                 launch(kernel, 64, 64, torch.float16, T)
+    assert compiled == []
+
+
+def test_a_cache_that_grows_compiles_nothing(compiled: list[str]) -> None:
+    def decode(keys: int) -> None:
+        q, lse = torch.zeros(1, 1, 4, 64), torch.zeros(1, 1, 4)
+        k, k_cmp = (torch.zeros(1, S, 1, 64) for S in (keys, CONFIG.num_compressed(keys)))
+        indices = torch.zeros(1, 1, 1, CONFIG.num_selected, dtype=torch.int32)
+        tail = (CONFIG, Layout(keys), 0.1)
+        kernels.compressed_attention(q, k_cmp, k_cmp, *tail)
+        kernels.select_blocks(q, k_cmp, lse, *tail)
+        kernels.selected_attention(q, k, k, indices, *tail)
+        kernels.window_attention(q, k, k, *tail)
+
+    with compiling_for("sm_90"):
+        decode(1100)
+        assert "_merge_splits_kernel" in "".join(compiled)
+        compiled.clear()
+        for keys in (1101, 1537, 2048, 9000, 70000):
+            decode(keys)
     assert compiled == []

@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from nsa_port.kernels.amd.chips import CHIPS, LARGEST_OFFSET
+from nsa_port.kernels.amd.chips import CHIPS, LARGEST_OFFSET, dies_of
 from nsa_port.kernels.amd.matrix_tiles import (
     as_left_operand,
     load_keys,
@@ -93,6 +93,7 @@ def attend_selected(
     if out.numel() == 0:
         return out, lse
     chip = CHIPS[arch_of(q)]
+    dies = dies_of(arch_of(q), q.device)
     queries = _queries_of_a_tile(B, T, HK, G, config.num_selected, q.device)
     kernel = _BY_TILE if queries > 1 else _BY_WAVE
     values = dict(tuned(arch_of(q), kernel, q.element_size(), Dk, Dv))
@@ -102,7 +103,7 @@ def attend_selected(
     common = {
         "SELECT": config.select_block_size,
         "NEGATIVE_SCALE": scale < 0,
-        "DIES": chip.dies,
+        "DIES": dies,
         "MFMA_VERSION": chip.mfma_version,
         "MFMA_DEPTH": depth,
         "ROUNDS_BFLOAT16": chip.rounds_bfloat16,
@@ -114,7 +115,7 @@ def attend_selected(
         even = config.select_block_size % values["BLOCK_N"] == 0
         shares = share_blocks(indices, bounds, config.select_block_size, tiles, queries, 1, even)
         items = B * HK * tiles.count
-        _by_tile_kernel[(workgroups(items, chip.dies),)](
+        _by_tile_kernel[(workgroups(items, dies),)](
             q,
             k,
             v,
@@ -145,10 +146,11 @@ def attend_selected(
         return out, lse
     heads = min(values.pop("most_heads"), max(_ROWS, next_power_of_2(G)))
     items = B * HK * cdiv(G, heads) * T
-    splits = split_keys(items, config.num_selected * config.select_block_size, out, lse)
+    most_keys = config.num_selected * config.select_block_size
+    splits = split_keys(items, most_keys, most_keys, out, lse)
     items *= splits.number
     rows = block_rows(indices, bounds, config.select_block_size)
-    _by_wave_kernel[(workgroups(items, chip.dies),)](
+    _by_wave_kernel[(workgroups(items, dies),)](
         q,
         k,
         v,

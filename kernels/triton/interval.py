@@ -85,8 +85,7 @@ def interval_attention(
     heads = G if config["BLOCK_M"] >= T * 2 and config["BLOCK_M"] >= G else 1
     tiles = cut_tiles(T, config["BLOCK_M"] // heads, layout.cu_seqlens)
     programs = tiles.count * B * (H // heads)
-    most_keys = min(k.shape[1], k.shape[1] if most_keys is None else most_keys)
-    splits = split_keys(programs, most_keys, out, lse)
+    splits = split_keys(programs, k.shape[1], most_keys, out, lse)
     _interval_forward_kernel[(programs * splits.number,)](
         q,
         k,

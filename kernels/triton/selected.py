@@ -105,7 +105,7 @@ def _by_tile(
     G, m, n = H // HK, config.select_block_size, config.num_selected
     values = tuned(arch_of(q), "selected_by_query", q.element_size(), Dk, Dv)
     heads = min(values["BLOCK_M"], max(4 if leaving else 16, next_power_of_2(G)))
-    splits = split_keys(T * B * HK * cdiv(G, heads), n * m, out, lse)
+    splits = split_keys(T * B * HK * cdiv(G, heads), n * m, n * m, out, lse)
     # With too few queries to fill the GPU none waits for another's blocks.
     queries = 1 if splits.active else min(values["BLOCK_M"] // heads, most_queries(n))
     heads = max(heads, 16 // queries)

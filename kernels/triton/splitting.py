@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_port.kernels.triton.host import cdiv, multiprocessors
+from nsa_port.kernels.triton.host import cdiv, multiprocessors, next_power_of_2
 from nsa_port.kernels.triton.tiles import LOG2_E, LOG_2
 
 _MOST_SPLITS = 64
@@ -31,30 +31,38 @@ class Splits(NamedTuple):
 
     Args:
         number: of programs that share the keys of a query.
-        active: whether results go to `out` and `lse` here and have to be merged. It depends on the
-            queries alone: a cache that grows never changes which kernels run.
+        most: that there may be however many keys there are, a power of two.
+        active: whether results go to `out` and `lse` here and have to be merged. Like `most` it
+            depends on the queries alone: a cache that grows never changes which kernels run.
         out: `[number, *shape of the output]`, float32; the output itself unless active.
         lse: the same for the lse.
     """
 
     number: int
+    most: int
     active: bool
     out: Tensor
     lse: Tensor
 
 
-def split_keys(programs: int, most_keys: int, out: Tensor, lse: Tensor) -> Splits:
-    """How to split the keys of each query, of which it has at most `most_keys`.
+def split_keys(programs: int, keys: int, most_keys: int | None, out: Tensor, lse: Tensor) -> Splits:
+    """How to split the keys of each query. Ends with `merge_splits`.
 
-    Without splits there would be `programs` programs. Ends with `merge_splits`.
+    Args:
+        programs: that there would be without splits.
+        keys: that a query sees at most.
+        most_keys: the same of a sequence of any length, None if that has no bound.
     """
     if not leaves_idle(programs, out.device):
-        return Splits(1, False, out, lse)
-    wanted = _programs_to_fill(out.device) // programs
-    number = max(1, min(wanted, _MOST_SPLITS, cdiv(most_keys, _FEWEST_KEYS)))
+        return Splits(1, 1, False, out, lse)
+    most = min(_programs_to_fill(out.device) // programs, _MOST_SPLITS)
+    if most_keys is not None:
+        keys = min(keys, most_keys)
+        most = min(most, max(1, cdiv(most_keys, _FEWEST_KEYS)))
+    number = max(1, min(most, cdiv(keys, _FEWEST_KEYS)))
     partial_out = torch.empty((number, *out.shape), dtype=torch.float32, device=out.device)
     partial_lse = torch.empty((number, *lse.shape), dtype=torch.float32, device=out.device)
-    return Splits(number, True, partial_out, partial_lse)
+    return Splits(number, next_power_of_2(most), True, partial_out, partial_lse)
 
 
 def leaves_idle(programs: int, device: torch.device) -> bool:
@@ -80,7 +88,7 @@ def merge_splits(splits: Splits, out: Tensor, lse: Tensor) -> None:
         splits.number,
         DIM=dim,
         WIDTH=_WIDTH,
-        SPLITS=_MOST_SPLITS,
+        SPLITS=splits.most,
     )
 
 

@@ -9,7 +9,6 @@ NSA and dense attention take turns in one run, and their ratio is what counts.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import platform
 import sys
@@ -241,26 +240,18 @@ def machine_facts(device: str) -> dict[str, Any]:
     """The device and every version that may matter, for recorded results."""
     on_cuda = torch.device(device).type == "cuda"
     name = torch.cuda.get_device_name(device) if on_cuda else _cpu_name()
+    triton = environment.find_triton()
     return {
         "device": device,
         "device_name": name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "triton": _version("triton", "pytorch-triton-rocm"),
+        "triton": triton.version if triton else None,
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "nsa_port": nsa_port.__version__,
         "python": platform.python_version(),
     }
-
-
-def _version(*distributions: str) -> str | None:
-    for name in distributions:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 def _cpu_name() -> str:
