@@ -30,8 +30,11 @@ TABLES = {"sm_80": "sm_80", "sm_90": "sm_90", "sm_100": "sm_100", "generic": "sm
 A_FEW_SCALARS = 32
 """Bytes that a kernel written for Hopper may spill: what it needs between its loops."""
 
-WORKERS = 8
-"""Warps that such a kernel has besides those that it is launched with."""
+WORKERS = {"hopper_selected": 4}
+"""Warps that such a kernel has besides those that it is launched with, where not 8."""
+
+LEAST_LENGTHS = {"selected_by_block": 1024, "block_scores": 1100}
+"""What some kernels take from some length on only. Nothing is scored where all is chosen."""
 
 LEAST_SHARED_MEMORY = 99 * 1024
 """What the architectures without a table have: sm_86, sm_89 and sm_120 the least."""
@@ -55,8 +58,7 @@ def _largest_dims(head_dim: int) -> tuple[int, int]:
 def launch(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, T: int = 320) -> None:
     """A call that launches a tuned kernel; the contents of the tensors do not matter."""
     G = 4 if kernel == "selected_by_block" else 16
-    # By block only from some length on, and nothing is scored where all blocks are chosen.
-    T = max(T, {"selected_by_block": 1024, "block_scores": 1100}.get(kernel, 0))
+    T = max(T, LEAST_LENGTHS.get(kernel, 0))
     C = CONFIG.num_compressed(T)
 
     def tensor(length: int, heads: int, dim: int) -> torch.Tensor:
@@ -69,7 +71,7 @@ def launch(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, T: int
     tail = (CONFIG, Layout(T), 0.1)
     if kernel in ("interval_forward", "hopper_forward"):
         kernels.compressed_attention(q, k_cmp, v_cmp, *tail)
-    elif kernel.startswith(("interval", "hopper")):
+    elif kernel in ("interval_dq", "interval_dkdv", "hopper_dq", "hopper_dkdv"):
         kernels.compressed_attention_backward(out, None, q, k_cmp, v_cmp, out, lse, *tail)
     elif kernel == "block_scores":
         kernels.select_blocks(q, k_cmp, lse, *tail)
@@ -95,7 +97,7 @@ def test_every_tuned_entry_fits_its_architecture(
     on_hopper = kernel.startswith("hopper")
     allowed = A_FEW_SCALARS if on_hopper or row.get("gluon") else 0
     assert build.stack <= allowed, f"spills {build.stack} bytes of registers"
-    assert build.num_warps == row["num_warps"] + on_hopper * WORKERS
+    assert build.num_warps == row["num_warps"] + on_hopper * WORKERS.get(kernel, 8)
     if table == "sm_90":  # where ptxas is known to lose what sets a descriptor of wgmma
         assert not reads_before_writes(build.binary)
         assert build.uses_wgmma == ("exact_dims" in row), "wgmma where it should be, only there"

@@ -12,6 +12,8 @@ bounds the partial outputs.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +22,7 @@ from torch import Tensor
 from nsa_port.kernels.geometry import Layout, NSAConfig
 from nsa_port.kernels.triton.bounds import Kind, QueryBounds, cut_tiles, query_bounds, tile_of
 from nsa_port.kernels.triton.host import (
+    HAS_HOPPER_GLUON,
     LOG2_E,
     arch_of,
     cdiv,
@@ -31,6 +34,7 @@ from nsa_port.kernels.triton.host import (
     strides,
     tuned,
 )
+from nsa_port.kernels.triton.interval import hopper_values
 from nsa_port.kernels.triton.lists import block_keys, block_lists, load_work
 from nsa_port.kernels.triton.sharing import COUNTS, FIELDS, most_queries, share_blocks
 from nsa_port.kernels.triton.splitting import merge_splits, split_keys, split_range
@@ -103,6 +107,16 @@ def _by_tile(
     B, T, H, Dk = q.shape
     HK, Dv = v.shape[2:]
     G, m, n = H // HK, config.select_block_size, config.num_selected
+    hopper = hopper_values("hopper_selected", q, k, v) if scale > 0 and not leaving else None
+    if hopper is not None:
+        from nsa_port.kernels.triton import selected_hopper
+
+        if selected_hopper.takes(G, m):
+            queries = selected_hopper.QUERIES
+            tiles = cut_tiles(T, queries, layout.cu_seqlens)
+            shares = share_blocks(indices, bounds, m, tiles, queries, hopper["least_sharing"], True)
+            selected_hopper.attend(q, k, v, shares, tiles, bounds, scale, out, lse, hopper)
+            return shares.own
     values = tuned(arch_of(q), "selected_by_query", q.element_size(), Dk, Dv)
     heads = min(values["BLOCK_M"], max(4 if leaving else 16, next_power_of_2(G)))
     splits = split_keys(T * B * HK * cdiv(G, heads), n * m, n * m, out, lse)
@@ -174,7 +188,7 @@ def _by_block(
     lse: Tensor,
 ) -> None:
     """Attend to what is left of the blocks, and merge with what `out` and `lse` hold."""
-    B, T, H, Dk = q.shape
+    B, T, H, _ = q.shape
     S, HK, Dv = v.shape[1:]
     G, n = H // HK, config.num_selected
     block_n = min(tuned_block["BLOCK_N"], max(16, next_power_of_2(config.select_block_size)))
@@ -185,14 +199,14 @@ def _by_block(
     partial_lse = torch.empty(partial_shape, dtype=torch.float32, device=q.device)
     cu_keys = None if layout.cu_seqlens_k is None else layout.cu_seqlens_k.contiguous()
     sequences = 1 if cu_keys is None else cu_keys.shape[0] - 1
-    heads = split_arguments(split_head(Dk), split_head(Dv))
+    kernel, constants = _kernel_by_block(q, v, config, tuned_block, block_n)
     for first in range(0, T, chunk):
         count = min(chunk, T - first)
         lists = block_lists(
             rows, bounds, S, sequences, config.select_block_size, first, count,
             tuned_block["segment"],
         )  # fmt: skip
-        _by_block_kernel[(lists.work * parts,)](
+        kernel[(lists.work * parts,)](
             q,
             k,
             v,
@@ -225,10 +239,8 @@ def _by_block(
             PARTS=parts,
             SEGMENT=tuned_block["segment"],
             NEGATIVE_SCALE=scale < 0,
-            **heads,
-            BLOCK_M=tuned_block["BLOCK_M"],
             BLOCK_N=block_n,
-            **launch_options(tuned_block),
+            **constants,
         )
         _merge_kernel[(count * B * HK,)](
             partial_out,
@@ -249,6 +261,20 @@ def _by_block(
             WIDTH=next_power_of_2(Dv),
             num_warps=4,
         )
+
+
+def _kernel_by_block(
+    q: Tensor, v: Tensor, config: NSAConfig, values: dict[str, int], block_n: int
+) -> tuple[Any, dict[str, int]]:
+    """The kernel to run, and the constants that are its own."""
+    if values.get("gluon") and HAS_HOPPER_GLUON:
+        # Not at the top: Gluon is there for Hopper alone.
+        from nsa_port.kernels.triton import selected_by_block_hopper as hopper
+
+        if block_n == config.select_block_size == hopper.BLOCK_N and hopper.takes(q, v, values):
+            return hopper._by_block_kernel, hopper.constants(q, v, values)
+    dims = split_arguments(split_head(q.shape[-1]), split_head(v.shape[-1]))
+    return _by_block_kernel, {**dims, "BLOCK_M": values["BLOCK_M"], **launch_options(values)}
 
 
 def query_chunk(num_queries: int, bytes_per_query: int) -> int:
@@ -647,6 +673,8 @@ def _merge_kernel(
     m_empty = running_sum == 0.0
     running_sum = tl.where(m_empty, 1.0, running_sum)
     b_lse = tl.where(m_empty, float("-inf"), (running_max + tl.log2(running_sum)) * LOG_2)
+    # Every warp has read what it starts from: one of them may now write over it.
+    tl.debug_barrier()
     tl.store(p_lse, b_lse, mask=m_head)
     b_out = (accumulator / running_sum[:, None]).to(out.dtype.element_ty)
     tl.store(p_final, b_out, mask=m_tile)

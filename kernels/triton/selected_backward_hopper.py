@@ -21,6 +21,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa_port.kernels.triton.host import strides
+from nsa_port.kernels.triton.lists_hopper import (
+    copy_rows,
+    load_keys,
+    load_work,
+    store_partial,
+)
 
 BLOCK_N = 64
 _BLOCK_M = 128
@@ -49,74 +55,6 @@ def constants(grad_out: Tensor, q: Tensor) -> dict[str, int]:
 
 
 @gluon.jit
-def _load_work(i_work, starts, counts, segment_ends, work_bins, bins, SEGMENT: gl.constexpr):
-    """`lists.load_work`, and the whole length of the bin's list."""
-    i_bin = gl.load(work_bins + i_work)
-    m_bin = i_bin < bins
-    total = gl.load(counts + i_bin, mask=m_bin, other=0)
-    segments = (total + SEGMENT - 1) // SEGMENT
-    i_segment = i_work - (gl.load(segment_ends + i_bin, mask=m_bin, other=0) - segments)
-    start = gl.load(starts + i_bin, mask=m_bin, other=0) + i_segment * SEGMENT
-    count = gl.minimum(total - i_segment * SEGMENT, SEGMENT)
-    return i_bin, start, gl.where(m_bin, count, 0), total
-
-
-@gluon.jit
-def _entry_offsets(
-    p_entries, i_entry, count, ROWS: gl.constexpr, G: gl.constexpr, DIM: gl.constexpr,
-    LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """A tile's entries, those past the list's end being its last, and offsets along its axes."""
-    ENTRIES: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))
-    MEMBERS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT))
-    COLUMNS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT))
-    o_entry = i_entry + gl.arange(0, ROWS // G, layout=ENTRIES)
-    b_entry = gl.load(p_entries + gl.minimum(o_entry, count - 1))
-    o_member = gl.expand_dims(gl.expand_dims(gl.arange(0, G, layout=MEMBERS), 0), 2)
-    o_column = gl.expand_dims(gl.expand_dims(gl.arange(0, DIM, layout=COLUMNS), 0), 1)
-    return o_entry, b_entry, o_member, o_column
-
-
-@gluon.jit
-def _copy_rows(
-    s_rows, p_base, p_entries, i_entry, count, stride_t, stride_h, SLOTS: gl.constexpr,
-    G: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr, CLOSE: gl.constexpr,
-):  # fmt: skip
-    """Start copying rows, or the first columns of rows, of a tile's entries, `G` of each query."""
-    ROWS: gl.constexpr = s_rows.shape[0]
-    DIM: gl.constexpr = s_rows.shape[1]
-    _, b_entry, o_member, o_column = _entry_offsets(p_entries, i_entry, count, ROWS, G, DIM, LAYOUT)
-    o_query = (b_entry // SLOTS).to(gl.int64) * stride_t
-    p_rows = p_base + gl.expand_dims(gl.expand_dims(o_query, 1), 2)
-    # Heads side by side are at offsets known to the compiler, which costs no arithmetic.
-    p_rows = p_rows + (o_member * (WIDTH if CLOSE else stride_h) + o_column)
-    async_copy.async_copy_global_to_shared(s_rows.reshape((ROWS // G, G, DIM)), p_rows)
-
-
-@gluon.jit
-def _store_partial(
-    s_rows, p_base, p_entries, i_entry, count, stride_t, SLOTS: gl.constexpr, PARTS: gl.constexpr,
-    G: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """Write a tile's rows to the places of its entries' slots."""
-    ROWS: gl.constexpr = s_rows.shape[0]
-    DIM: gl.constexpr = s_rows.shape[1]
-    o_entry, b_entry, o_member, o_column = _entry_offsets(
-        p_entries, i_entry, count, ROWS, G, DIM, LAYOUT
-    )
-    o_out = (b_entry // SLOTS).to(gl.int64) * stride_t + b_entry % SLOTS * (PARTS * G * WIDTH)
-    p_out = p_base + gl.expand_dims(gl.expand_dims(o_out, 1), 2) + (o_member * WIDTH + o_column)
-    b_rows = s_rows.reshape((ROWS // G, G, DIM)).load(LAYOUT)
-    gl.store(p_out, b_rows, mask=gl.expand_dims(gl.expand_dims(o_entry < count, 1), 2))
-
-
-@gluon.jit
-def _load_keys(p_base, o_row, m_row, DIM: gl.constexpr, LAYOUT: gl.constexpr):
-    o_column = gl.arange(0, DIM, layout=gl.SliceLayout(0, LAYOUT))
-    return gl.load(p_base + o_row[:, None] + o_column[None, :], mask=m_row[:, None], other=0.0)
-
-
-@gluon.jit
 def _store_sums(
     p_base, b_tile, o_row, m_row, ADD: gl.constexpr, DIM: gl.constexpr, LAYOUT: gl.constexpr
 ):
@@ -136,16 +74,16 @@ def _copy_tile(
 ):  # fmt: skip
     """Start copying all that belongs to a tile. Past the list's end that is its last entry."""
     DIM_V: gl.constexpr = s_grad.shape[2]
-    _copy_rows(
+    copy_rows(
         s_q.index(slot), p_q, p_entries, i_entry, count, stride_qt, stride_qh, SLOTS, G, DIM_K,
         COPY, CLOSE,
     )  # fmt: skip
     if s_q_rest is not None:
-        _copy_rows(
+        copy_rows(
             s_q_rest.index(slot), p_q + DIM_V, p_entries, i_entry, count, stride_qt, stride_qh,
             SLOTS, G, DIM_K, COPY_REST, CLOSE,
         )  # fmt: skip
-    _copy_rows(
+    copy_rows(
         s_grad.index(slot), p_grad, p_entries, i_entry, count, stride_gt, stride_gh, SLOTS, G,
         DIM_V, COPY, CLOSE,
     )  # fmt: skip
@@ -285,7 +223,7 @@ def _by_block_backward_kernel(
 
     i_part = gl.program_id(0) % PARTS
     i_work = gl.program_id(0) // PARTS
-    i_bin, start, count, _ = _load_work(
+    i_bin, start, count, _ = load_work(
         i_work, starts, counts, segment_ends, work_bins, bins, SEGMENT
     )
     if count == 0:
@@ -334,12 +272,12 @@ def _by_block_backward_kernel(
     p_k = k + i_batch * stride_kb + i_kv * stride_kh
     p_v = v + i_batch * stride_vb + i_kv * stride_vh
     o_key = first_key + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, LOAD))
-    s_k.store(_load_keys(p_k, o_key.to(gl.int64) * stride_ks, o_key < stop, MAIN, LOAD))
-    s_v.store(_load_keys(p_v, o_key.to(gl.int64) * stride_vs, o_key < stop, MAIN, LOAD))
+    s_k.store(load_keys(p_k, o_key.to(gl.int64) * stride_ks, o_key < stop, MAIN, LOAD))
+    s_v.store(load_keys(p_v, o_key.to(gl.int64) * stride_vs, o_key < stop, MAIN, LOAD))
     if K_REST:
         o_key = first_key + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, LOAD_REST))
         o_row = o_key.to(gl.int64) * stride_ks
-        s_k_rest.store(_load_keys(p_k + MAIN, o_row, o_key < stop, 64, LOAD_REST))
+        s_k_rest.store(load_keys(p_k + MAIN, o_row, o_key < stop, 64, LOAD_REST))
     fence_async_shared()
 
     i_first = first_query.to(gl.int64)
@@ -432,7 +370,7 @@ def _by_block_backward_kernel(
             b_dq = warpgroup_mma_wait(3, deps=[t_dq])
         # The tile's rows of `grad_out` have been used, and make room for those of `dq`.
         s_grad_tile.store(b_dq.to(DTYPE))
-        _store_partial(
+        store_partial(
             s_grad_tile, p_partial, p_entries, i_entry, count, stride_out, SLOTS, PARTS, G, DIM_K,
             COPY,
         )  # fmt: skip
@@ -453,14 +391,14 @@ def _by_block_backward_kernel(
             b_dk, b_dq_rest, b_dk_rest = warpgroup_mma_wait(0, deps=[t_dk, t_dq_rest, t_dk_rest])
             gl.thread_barrier()
             s_q_end.store(b_dq_rest.to(DTYPE))
-            _store_partial(
+            store_partial(
                 s_q_end, p_partial + MAIN, p_entries, i_entry, count, stride_out, SLOTS, PARTS, G,
                 DIM_K, COPY_REST,
             )  # fmt: skip
     async_copy.wait_group(0)
 
     # Found again rather than kept in registers all along.
-    i_bin, _, _, total = _load_work(i_work, starts, counts, segment_ends, work_bins, bins, SEGMENT)
+    i_bin, _, _, total = load_work(i_work, starts, counts, segment_ends, work_bins, bins, SEGMENT)
     o_block = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, SUMS))
     o_block_rest = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, SUMS_REST))
     o_key = gl.convert_layout(b_key, gl.SliceLayout(1, SUMS))

@@ -39,7 +39,9 @@ class SharedBlocks(NamedTuple):
         shared: int32 `[B, HK, tiles, kept, FIELDS]`, the blocks that at least `least` queries of a
             tile chose, and those that not all who chose them see to the end; these come last.
         counts: int32 `[B, HK, tiles, COUNTS]`.
-        own: int32 `[B, T, HK, n]`, the first key rows of each query's other blocks, then -1.
+        own: int32 `[B, T, HK, n]`, the first key rows of each query's other blocks. Then come
+            negative numbers: `-2 - row` for a block that the query chose and sees to the end, which
+            may be read in place of none, and -1 where it has none.
     """
 
     shared: Tensor
@@ -143,13 +145,16 @@ def _share_blocks_kernel(
     p_index = indices + i_batch * stride_b + i_kv * stride_h
     o_member = tl.arange(0, QUERIES)
     o_slot = tl.arange(0, SLOTS)
-    b_row, _ = _rows_and_stop(
+    b_row, b_seen = _rows_and_stop(
         p_index, p_lower, p_upper, first + o_member, o_slot, stop, n, stride_t, select_block_size
     )
     # Comparisons reduce over the first dimension, which lies within a thread.
     m_same = tl.permute(b_row, (1, 0))[:, :, None] == b_row[None, :, :]
     m_same = m_same & (o_slot[:, None, None] < o_slot[None, None, :])
     b_row = tl.where(tl.max(m_same.to(tl.int32), 0) > 0, -1, b_row)
+    m_readable = (b_row >= 0) & (b_row + select_block_size <= b_seen[:, None])
+    b_readable = tl.max(tl.where(m_readable, b_row, -1), 1)
+    b_none = tl.where(b_readable < 0, -1, -2 - b_readable)
 
     # [QUERIES, SLOTS]: who chose the block too, how many, and how much of it they see.
     b_queries = tl.zeros([QUERIES, SLOTS], tl.int32)
@@ -191,7 +196,7 @@ def _share_blocks_kernel(
     o_query = first + o_member
     p_own = own + (((i_batch * T + o_query) * HK + i_kv) * n)[:, None]
     m_own = m_slot & (o_query < stop)[:, None]
-    tl.store(p_own + o_target, tl.where(b_own > 0, b_row, -1), mask=m_own)
+    tl.store(p_own + o_target, tl.where(b_own > 0, b_row, b_none[:, None]), mask=m_own)
     p_counts = counts + tl.program_id(0).to(tl.int64) * COUNTS
     tl.store(p_counts, front)
     tl.store(p_counts + 1, front + back)

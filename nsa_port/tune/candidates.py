@@ -76,6 +76,13 @@ KERNELS: dict[str, Kernel] = {
         {"BLOCK_M": (32, 64), "num_stages": (2, 3, 4)},
         {},
     ),
+    "hopper_selected": Kernel(
+        "_hopper_selected_kernel",
+        ("selected",),
+        {"num_stages": (2, 3), "least_sharing": (2, 3, 4)},
+        {},
+        along_with={"selected_by_block": {"largest_group": 0}},
+    ),
     "block_scores": Kernel(
         "_block_scores_kernel",
         ("select",),
@@ -89,6 +96,7 @@ KERNELS: dict[str, Kernel] = {
         {"BLOCK_M": (16, 64), "BLOCK_N": (32, 64), "num_warps": (1, 4), "num_stages": (2, 3)},
         {"BLOCK_N": (16, 32, 64), "num_warps": (1, 2), "num_stages": (1, 2)} | _AMD,
         along_with={
+            "hopper_selected": {"fewest_queries": _ALWAYS},
             "selected_by_block": {"largest_group": 0},
             "selected_by_wave": {"most_heads": 0},
         },
