@@ -20,9 +20,10 @@ from nsa_port.kernels import triton as of_cuda
 from nsa_port.kernels.geometry import Layout, NSAConfig
 from nsa_port.kernels.tables import tuned_to
 from nsa_port.kernels.triton import selected, selection
-from nsa_port.kernels.triton.bounds import Kind, query_bounds
+from nsa_port.kernels.triton.bounds import Kind, cut_tiles, query_bounds
 from nsa_port.kernels.triton.preparation import backward_rows
 from nsa_port.kernels.triton.selected_backward import selected_gradients
+from nsa_port.kernels.triton.sharing import share_blocks
 from tests.bounds_checked import check_bounds
 from tests.eager_cases import (
     CASES,
@@ -428,6 +429,41 @@ def test_indices_out_of_range_or_named_twice_are_ignored(
         arguments = (q, k, v, indices, out, lse, config, Layout(TINY.S), 0.3)
         results.append((out, lse, *kernels.selected_attention_backward(grad, None, *arguments)))
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="warps take turns on a GPU only")
+@pytest.mark.parametrize("kv_heads", [2, 8], ids=["group_of_16", "group_of_4"])
+def test_selected_attention_of_many_queries_is_the_same_every_time(kv_heads: int) -> None:
+    torch.manual_seed(0)
+    q, k, v, k_cmp = (
+        torch.randn(1, length, heads, 128, dtype=torch.bfloat16, device=DEVICE)
+        for length, heads in ((4096, 32), (4096, kv_heads), (4096, kv_heads), (255, kv_heads))
+    )
+    tail = (PAPER, Layout(4096), 0.09)
+    _, lse = kernels.compressed_attention(q, k_cmp, k_cmp, *tail)
+    indices = kernels.select_blocks(q, k_cmp, lse, *tail)
+    first = kernels.selected_attention(q, k, v, indices, *tail)
+    for _ in range(20):
+        again = kernels.selected_attention(q, k, v, indices, *tail)
+        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+def test_in_place_of_no_block_stands_one_that_its_query_sees_to_the_end() -> None:
+    x = make_inputs(TINY)
+    indices, q = on_device(chosen_blocks(TINY, x.q, x.k_cmp), x.q)
+    T, m = TINY.T, SMALL.select_block_size
+    layout = Layout(TINY.S)
+    bounds = query_bounds(Kind.CAUSAL, T, TINY.S, SMALL, layout, q.device)
+    shares = share_blocks(indices, bounds, m, cut_tiles(T, 4, None), 4, 2, True)
+    for t in range(T):
+        upper = int(bounds.upper.flatten()[t])
+        for own, chosen in zip(shares.own[0, t], indices[0, t], strict=True):
+            rows = {int(block) * m for block in chosen if block >= 0}
+            whole = {row for row in rows if row + m <= upper}
+            none = {int(row) for row in own if row < 0}
+            assert {int(row) for row in own if row >= 0} <= rows
+            assert all(-2 - row in whole for row in none if row < -1)
+            assert -1 not in none or not whole
 
 
 @pytest.mark.writes_overlap
