@@ -98,7 +98,7 @@ def mean_compress(
 
     Source: arXiv 2502.11089, Eq. 7.
     """
-    return _ops.mean_compress(
+    return ops.run_mean_compress(
         k, cfg.as_ints(), cu_seqlens, num_blocks, registry.request_text(backend)
     )
 

@@ -55,6 +55,42 @@ def _operator(name: str, schema: str) -> Callable[[Callable], _Operator]:
     return lambda body: _Operator(name, schema, body)
 
 
+def _eager(operator: Any, setup: Callable, backward: Callable) -> type[torch.autograd.Function]:
+    """An operator with the same gradients as `register_autograd` gives it, in half the host time.
+
+    `register_autograd` looks at every argument of the schema anew at each call.
+    """
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = operator(*inputs)
+            setup(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return backward(ctx, *grads)
+
+    return Eager
+
+
+def _run_operator(
+    operator: Any, eager: type[torch.autograd.Function], inputs: tuple, needs_grad: bool
+) -> Any:
+    """The operator by its shortest way: past what autograd does with it where nothing is traced.
+
+    The transforms of `torch.func` are autograd too, and take nothing but the operator itself.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return operator(*inputs)
+    if needs_grad:
+        return eager.apply(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*inputs)
+
+
 _ran: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Output tensor -> the backend that made it, in the grammar of `NSA_PORT_BACKEND`."""
 
@@ -349,6 +385,19 @@ def _mean_compress_autograd(ctx: Any, grad: Tensor) -> tuple:
 
 mean_compress.register_autograd(_mean_compress_autograd, setup_context=_mean_compress_setup)
 
+_EagerMeanCompress = _eager(
+    torch.ops.nsa_port.mean_compress, _mean_compress_setup, _mean_compress_autograd
+)
+
+
+def run_mean_compress(k: Tensor, *others: Any) -> Tensor:
+    """`torch.ops.nsa_port.mean_compress`, by the shortest way where nothing is traced."""
+    needs_grad = k.requires_grad and torch.is_grad_enabled()
+    result: Tensor = _run_operator(
+        torch.ops.nsa_port.mean_compress, _EagerMeanCompress, (k, *others), needs_grad
+    )
+    return result
+
 
 # --------------------------------------------------------------------------- gates
 
@@ -535,28 +584,12 @@ def _whole_autograd(ctx: Any, grad: Tensor, *_: Any) -> tuple:
 nsa_attention.register_autograd(_whole_autograd, setup_context=_whole_setup)
 
 
-class _EagerWhole(torch.autograd.Function):
-    """`nsa_attention` with the same gradients, half the host time: for eager calls.
-
-    `register_autograd` looks at every argument of the schema anew at each call.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output: tuple[Tensor, ...] = torch.ops.nsa_port.nsa_attention(*inputs)
-        _whole_setup(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple:
-        return _whole_autograd(ctx, *grads)
+_EagerWhole = _eager(torch.ops.nsa_port.nsa_attention, _whole_setup, _whole_autograd)
 
 
 def run_whole(*inputs: Any) -> tuple[Tensor, ...]:
     """`torch.ops.nsa_port.nsa_attention`, by the shortest way where nothing is traced."""
-    needs_grad = inputs[-2]
-    if needs_grad and not torch.compiler.is_compiling():
-        result: tuple[Tensor, ...] = _EagerWhole.apply(*inputs)
-        return result
-    result = torch.ops.nsa_port.nsa_attention(*inputs)
+    result: tuple[Tensor, ...] = _run_operator(
+        torch.ops.nsa_port.nsa_attention, _EagerWhole, inputs, needs_grad=inputs[-2]
+    )
     return result

@@ -195,3 +195,13 @@ def test_dtypes_of_results(dtype: torch.dtype) -> None:
     gates = torch.rand(3)
     v_cmp = nsa_port.mean_compress(v1, CFG)
     assert nsa_port.nsa_attention(q, k_cmp, v_cmp, k2, v2, k2, v2, gates, CFG).dtype == dtype
+
+
+def test_a_transform_of_something_else_may_call_what_has_gradients() -> None:
+    q, *keys, gates = inputs(20)
+
+    def times(x: Tensor) -> Tensor:
+        return x * whole(nsa_port, q, *keys, gates).sum()
+
+    one = torch.ones((), dtype=torch.float64)
+    assert_same((torch.func.grad(times)(one),), (times(one),))
