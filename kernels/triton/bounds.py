@@ -124,8 +124,9 @@ def _bounds(
             min(config.window_size, 2**30),
             BLOCK=_BLOCK,
         )
-    found = bounds[:, :, :size].unflatten(2, (batches, num_queries))
-    return tuple(QueryBounds(*of_kind.unbind(0)) for of_kind in found.unbind(0))
+    rows = bounds.as_strided((3 * len(kinds), batches, num_queries), (stride, num_queries, 1))
+    found = rows.unbind(0)
+    return tuple(QueryBounds(*found[i : i + 3]) for i in range(0, len(found), 3))
 
 
 _LENGTHS = [

@@ -84,7 +84,9 @@ def last_contiguous(tensor: Tensor) -> Tensor:
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager:
     """Make the tensor's device the one that kernels are launched on."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 def bits_of(count: int) -> int:

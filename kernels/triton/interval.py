@@ -130,17 +130,21 @@ def hopper_values(kernel: str, q: Tensor, *others: Tensor) -> Values | None:
         values = tuned("sm_90", kernel, q.element_size(), *dims)
     except ValueError:
         return None
-    addressable = all(
-        tensor.numel()
-        and tensor.data_ptr() % 16 == 0
-        and tensor.stride(3) == 1
-        and all(
-            size == 1 or (stride > 0 and stride * tensor.element_size() % 16 == 0)
-            for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
-        )
-        for tensor in (q, *others)
-    )
-    return values if addressable and q.shape[1] >= values["fewest_queries"] else None
+    if q.shape[1] < values["fewest_queries"]:
+        return None
+    return values if all(_is_addressable(tensor) for tensor in (q, *others)) else None
+
+
+def _is_addressable(tensor: Tensor) -> bool:
+    """Whether the tensor memory accelerator can copy tiles of `[B, T, H, D]`."""
+    *strides, last = tensor.stride()
+    if last != 1 or tensor.data_ptr() % 16 or not tensor.numel():
+        return False
+    size = tensor.element_size()
+    for length, stride in zip(tensor.shape, strides, strict=False):
+        if length != 1 and (stride <= 0 or stride * size % 16):
+            return False
+    return True
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "splits", "stride_bounds"])
