@@ -111,6 +111,7 @@ class BlockLists(NamedTuple):
         entries: `query * n + slot`, queries counted from `first_query`; int32.
         starts, counts: each bin's part of `entries`; int32 `[bins]`.
         segment_ends: inclusive sum of each bin's segments; int32 `[bins]`.
+        long_ends: the same of the bins with more than one segment alone; int32 `[bins]`.
         work_bins: the bin of each work item, `bins` or more for the surplus; int32 `[work]`.
     """
 
@@ -118,6 +119,7 @@ class BlockLists(NamedTuple):
     starts: Tensor
     counts: Tensor
     segment_ends: Tensor
+    long_ends: Tensor
     work_bins: Tensor
     blocks: int
     segment: int
@@ -149,7 +151,9 @@ def block_lists(
     part = max(_PART_QUERIES, cdiv(num_queries, _PARTS))
     parts = cdiv(num_queries, part)
     offsets = torch.zeros((parts, bins), dtype=torch.int32, device=device)
-    counts = torch.empty(bins, dtype=torch.int32, device=device)
+    # Each starts at a multiple of 16 bytes, which Triton compiles apart from any other.
+    of_bins = torch.empty((4, cdiv(bins, 4) * 4), dtype=torch.int32, device=device)
+    counts, starts, segment_ends, long_ends = of_bins[:, :bins].unbind(0)
     entries = torch.empty(B * num_queries * HK * n, dtype=torch.int32, device=device)
     slots = next_power_of_2(n)
     common = (
@@ -161,22 +165,23 @@ def block_lists(
     _scan_kernel[(cdiv(bins, _SCAN_BINS),)](
         offsets, counts, parts, bins, PARTS=_SCAN_PARTS, BINS=_SCAN_BINS, num_warps=4
     )
-    starts, segment_ends = torch.empty_like(counts), torch.empty_like(counts)
     work = bins + entries.shape[0] // segment
     work_bins = torch.empty(work, dtype=torch.int32, device=device)
     _segments_kernel[(1,)](
-        counts, starts, segment_ends, work_bins, bins, work, SEGMENT=segment, BINS=1024, num_warps=8
-    )
+        counts, starts, segment_ends, long_ends, work_bins, bins, work,
+        SEGMENT=segment, BINS=1024, num_warps=8,
+    )  # fmt: skip
     _fill_kernel[grid](*common, starts, entries, SLOTS=slots, num_warps=1)
-    return BlockLists(entries, starts, counts, segment_ends, work_bins, blocks, segment)
+    return BlockLists(entries, starts, counts, segment_ends, long_ends, work_bins, blocks, segment)
 
 
 @triton.jit(do_not_specialize=["bins", "work"])
 def _segments_kernel(
-    counts, starts, segment_ends, work_bins, bins, work, SEGMENT: tl.constexpr, BINS: tl.constexpr
-):
+    counts, starts, segment_ends, long_ends, work_bins, bins, work,
+    SEGMENT: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
     """The one program: where each bin's list starts, and which work items are its segments."""
-    entries, segments = 0, 0
+    entries, segments, long_segments = 0, 0, 0
     for i_bin in range(0, bins, BINS):
         o_bin = i_bin + tl.arange(0, BINS)
         m_bin = o_bin < bins
@@ -185,11 +190,14 @@ def _segments_kernel(
         b_segments = (b_count + SEGMENT - 1) // SEGMENT
         b_end = segments + tl.cumsum(b_segments, 0)
         tl.store(segment_ends + o_bin, b_end, mask=m_bin)
+        b_long = tl.where(b_segments > 1, b_segments, 0)
+        tl.store(long_ends + o_bin, long_segments + tl.cumsum(b_long, 0), mask=m_bin)
         for i_segment in range(tl.max(b_segments, 0)):
             p_work = work_bins + b_end - b_segments + i_segment
             tl.store(p_work, o_bin, mask=i_segment < b_segments)
         entries += tl.sum(b_count, 0)
         segments += tl.sum(b_segments, 0)
+        long_segments += tl.sum(b_long, 0)
     for i_work in range(segments, work, BINS):
         o_work = i_work + tl.arange(0, BINS)
         b_none = tl.zeros([BINS], tl.int32) + bins

@@ -125,7 +125,6 @@ def selected_gradients(
             lists = block_lists(
                 rows, bounds, S, sequences, config.select_block_size, first, count, segment
             )
-            long_ends = _long_segment_ends(lists.counts, segment)
             kernel[(lists.work * parts,)](
                 grad_out,
                 q,
@@ -143,7 +142,7 @@ def selected_gradients(
                 lists.counts,
                 lists.segment_ends,
                 lists.work_bins,
-                long_ends,
+                lists.long_ends,
                 partial_dq,
                 partial_dkdv,
                 dk,
@@ -174,7 +173,7 @@ def selected_gradients(
                 lists.entries,
                 lists.starts,
                 lists.counts,
-                long_ends,
+                lists.long_ends,
                 dk,
                 dv,
                 first,
@@ -224,12 +223,6 @@ def _kernel_for(
     return _by_block_backward_kernel, {
         **dims, "BLOCK_M": values["BLOCK_M"], **launch_options(values)
     }  # fmt: skip
-
-
-def _long_segment_ends(counts: Tensor, segment: int) -> Tensor:
-    """Inclusive sum of the bins' segments, counting only lists of more than one. int32 `[bins]`."""
-    segments = (counts + (segment - 1)).div(segment, rounding_mode="floor")
-    return segments.where(segments > 1, 0).cumsum(0, dtype=torch.int32)
 
 
 _LENGTHS = ["first_query", "T", "S", "B", "blocks", "bins", "stride_bounds"]
