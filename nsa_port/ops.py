@@ -9,8 +9,9 @@ the same request is answered again.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -106,35 +107,55 @@ def _problem(
 
     Operators without keys or values have the sizes of their last tensor there.
     """
-    tensors = list(named.values())
-    q, k, v = (tensors[min(i, len(tensors) - 1)] for i in range(3))
+    dtype = next(iter(named.values())).dtype
+    shapes = tuple([(name, tensor.shape) for name, tensor in named.items()])
+    positions = layout.positions is not None
+    where = (layout.num_keys, layout.packed, positions, needs_grad, config)
+    return _known_problem(operator, dtype, shapes, *where)
+
+
+@functools.lru_cache(maxsize=1024)
+def _known_problem(
+    operator: str,
+    dtype: torch.dtype,
+    shapes: tuple[tuple[str, torch.Size], ...],
+    num_keys: int,
+    packed: bool,
+    positions: bool,
+    needs_grad: bool,
+    config: NSAConfig,
+) -> Problem:
+    """The same object for the same call, which the registry then knows sooner."""
+    q, k, v = (shapes[min(i, len(shapes) - 1)][1] for i in range(3))
     return Problem(
         operator=operator,
-        dtype=q.dtype,
-        batch=q.shape[0],
-        num_queries=q.shape[1],
-        num_keys=layout.num_keys,
-        heads=q.shape[2],
-        kv_heads=k.shape[2],
-        key_dim=q.shape[3],
-        value_dim=v.shape[3],
-        packed=layout.packed,
-        positions=layout.positions is not None,
+        dtype=dtype,
+        batch=q[0],
+        num_queries=q[1],
+        num_keys=num_keys,
+        heads=q[2],
+        kv_heads=k[2],
+        key_dim=q[3],
+        value_dim=v[3],
+        packed=packed,
+        positions=positions,
         needs_grad=needs_grad,
         config=config,
-        shapes=tuple((name, tuple(tensor.shape)) for name, tensor in named.items()),
+        shapes=tuple((name, tuple(shape)) for name, shape in shapes),
     )
 
 
-@contextmanager
-def _kernels_only(device: torch.device) -> Iterator[None]:
+def _kernels_only(device: torch.device) -> AbstractContextManager:
     """Neither autograd nor autocast reaches into a kernel: it decides its own dtypes."""
-    with torch.no_grad():
-        if torch.is_autocast_enabled(device.type):
-            with torch.autocast(device.type, enabled=False):
-                yield
-        else:
-            yield
+    if not torch.is_autocast_enabled(device.type):
+        return torch.no_grad()
+    return _without_autocast(device.type)
+
+
+@contextmanager
+def _without_autocast(device_type: str) -> Iterator[None]:
+    with torch.no_grad(), torch.autocast(device_type, enabled=False):
+        yield
 
 
 def _run(problem: Problem, device: torch.device, backend: str, *args: Any) -> tuple[Any, str]:

@@ -387,6 +387,8 @@ def kernel(backend: Backend, operator: str, device: torch.device, suffix: str = 
             remedy=f"NSA_PORT_BACKEND={backend.name},{operator}=torch",
         )
         raise BackendUnavailable(str(reason), (reason,))
+    if device.type != "cpu":
+        return function
     architecture = machine.emulated_architecture(backend.name, machine.probe(device))
     return _on_emulated(architecture, function) if architecture else function
 

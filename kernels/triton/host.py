@@ -29,6 +29,7 @@ class HeadSplit(NamedTuple):
     rest: int
 
 
+@cache
 def split_head(dim: int, widest: int = 0) -> HeadSplit:
     """The cut that pads least: 192 is 128 + 64, 80 is 64 + 32, 100 is one tile of 128.
 
@@ -73,8 +74,9 @@ def strides(tensor: Tensor) -> tuple[int, ...]:
 
     PyTorch leaves arbitrary numbers there, and each would compile a kernel of its own.
     """
-    pairs = zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True)
-    return tuple(0 if size == 1 else stride for stride, size in pairs)
+    *sizes, _ = tensor.shape
+    pairs = zip(sizes, tensor.stride(), strict=False)
+    return tuple([0 if size == 1 else stride for size, stride in pairs])
 
 
 def last_contiguous(tensor: Tensor) -> Tensor:

@@ -167,15 +167,9 @@ def gated_rows(
             TILE=_TILE,
             num_warps=8,
         )
-    by_head, by_query = (B, H, T), (B, T, H)
-    shapes = (by_head, by_head if dense else by_query, by_head)
-    return (
-        tuple(
-            BranchRows(*(row.view(shape) for row in branch.unbind(0)))
-            for branch, shape in zip(rows.unbind(0), shapes, strict=True)
-        ),
-        dgates,
-    )
+    found = rows.view(9, B, H, T).unbind(0)
+    selected = found[3:6] if dense else [row.view(B, T, H) for row in found[3:6]]
+    return (BranchRows(*found[:3]), BranchRows(*selected), BranchRows(*found[6:])), dgates
 
 
 @triton.jit(do_not_specialize=["B", "T", "stride_tb", "stride_tt", "stride_th", "stride_tg"])
