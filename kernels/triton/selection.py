@@ -37,23 +37,22 @@ from nsa_port.kernels.triton.host import (
     tuned,
 )
 from nsa_port.kernels.triton.tiles import LOG2_E as LOG2_E_DEVICE
-from nsa_port.kernels.triton.tiles import dot_split, load_rows, split_row
+from nsa_port.kernels.triton.tiles import LARGEST, dot_split, load_rows
 
 _SCORE_BYTES = 2**28
 """Room for the scores of the queries that are worked on at a time."""
 
-_TOP_BLOCKS = (128, 256, 512, 1024, 4096)
+_TOP_BLOCKS = (128, 256, 512, 1024, 2048, 4096)
 """Blocks a top-n program holds in registers; beyond the last it reads them again at each step."""
 
-_FEWEST_SLOTS = 16
-"""Groups of blocks from which the search starts; with 1 or 2, each lane would hold every block of
-its rows, and LLVM takes minutes, or does not end, over so many registers."""
+_HELD_BY_WARP = 1024
+"""Blocks that one warp holds, 32 in each lane."""
 
 _ALIGNED = 4
 """A row of scores has a multiple of so many columns, so that they are loaded four at a time."""
 
-FORCED = tl.constexpr(0x7F800000)
-"""The rank of a forced block: infinity's."""
+FEW = tl.constexpr(4)
+"""Surplus blocks that are dropped one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +83,6 @@ def choose_blocks(indices: Tensor, found: Scored, config: NSAConfig) -> None:
     per_select = config.select_block_size // config.block_stride
     per_compressed = config.block_size // config.block_stride
     first_weight, weights = config.score_weights()
-    rows = found.count * found.block_m * B * HK
     tiles, visible, causal = found.tiles, found.visible, found.causal
     arguments = (
         found.scores,
@@ -95,7 +93,6 @@ def choose_blocks(indices: Tensor, found: Scored, config: NSAConfig) -> None:
         visible.upper if found.scored else visible.lower,
         causal.lower,
         causal.upper,
-        rows,
         found.first_tile,
         T,
         B,
@@ -103,34 +100,32 @@ def choose_blocks(indices: Tensor, found: Scored, config: NSAConfig) -> None:
         found.columns,
         visible.stride,
         causal.stride,
-        config.select_block_size,
         n,
-        config.init_blocks,
         config.local_blocks,
         first_weight,
         len(weights),
         per_compressed,
-        per_select,
     )
     width = next((size for size in _TOP_BLOCKS if found.blocks <= size), _TOP_BLOCKS[-1])
     form = {
+        "SELECT": config.select_block_size,
+        "PER_SELECT": per_select,
+        "INITIAL": config.init_blocks,
         "BLOCK_M": found.block_m,
-        "SLOTS": max(_FEWEST_SLOTS, next_power_of_2(n)),
+        "SLOTS": next_power_of_2(n),
         "FOLDED": found.folded,
         "ALIGNED": _ALIGNED,
     }
     _compile_every_width(arguments, indices, config, form)
     held = found.blocks <= width
-    _top_blocks_kernel[(cdiv(rows, _rows_of(width)),)](*arguments, **form, **_width(width, held))
-
-
-def _rows_of(width: int) -> int:
-    return max(1, 1024 // width)
+    rows = found.count * found.block_m * B
+    _top_blocks_kernel[(rows, HK)](*arguments, **form, **_width(width, held))
 
 
 def _width(width: int, held: bool) -> dict[str, int]:
-    num_warps = max(1, width // 1024)
-    return {"BLOCK_J": width, "ROWS": _rows_of(width), "HELD": held, "num_warps": num_warps}
+    num_warps = max(1, width // _HELD_BY_WARP)
+    lanes = min(32 * num_warps, width // _ALIGNED)
+    return {"BLOCK_J": width, "LANES": lanes, "HELD": held, "num_warps": num_warps}
 
 
 _compiled: set[tuple[Any, ...]] = set()
@@ -148,7 +143,7 @@ def _compile_every_width(
         return
     _compiled.add(key)
     for width, held in (*((size, True) for size in _TOP_BLOCKS), (_TOP_BLOCKS[-1], False)):
-        _top_blocks_kernel.warmup(*arguments, grid=(1,), **form, **_width(width, held))
+        _top_blocks_kernel.warmup(*arguments, grid=(1, 1), **form, **_width(width, held))
 
 
 def select_blocks(
@@ -373,7 +368,7 @@ def _block_scores_kernel(
         tl.store(scores + o_out[:, None] + o_column[None, :], b_probability, mask=m_out)
 
 
-_LENGTHS = ["rows", "first_tile", "T", "B", "columns", "stride_visible", "stride_causal"]
+_LENGTHS = ["first_tile", "T", "B", "columns", "stride_visible", "stride_causal"]
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -386,7 +381,6 @@ def _top_blocks_kernel(
     visible_upper,
     causal_lower,
     causal_upper,
-    rows,
     first_tile,
     T,
     B,
@@ -394,176 +388,237 @@ def _top_blocks_kernel(
     columns,
     stride_visible,
     stride_causal,
-    select_block_size,
     n,
-    init_blocks,
     local_blocks,
     first_weight,
     num_weights,
     per_compressed,
-    per_select,
+    SELECT: tl.constexpr,
+    PER_SELECT: tl.constexpr,
+    INITIAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_J: tl.constexpr,
-    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
     SLOTS: tl.constexpr,
     FOLDED: tl.constexpr,
     HELD: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """One program: the best `n` blocks of `ROWS` rows, each a query and KV head, ascending.
+    """One program: the best `n` blocks of one row, which is a query and KV head, ascending.
 
-    Scores are not negative, so they order as the integers their bits spell, here called ranks. The
-    interval that holds the n-th best rank is halved until it holds nothing else, or until exactly
-    `n` blocks rank above its middle. What lies above is taken, and of its equals the first ones.
+    Forced blocks are the first and the last ones and need no rank. Of the others, `wanted` are to
+    be chosen: those that rank at `low` or above. Where to look for it is found among the best of
+    groups of blocks first, `ALIGNED` for each lane: at least `wanted` blocks rank as high as the
+    `wanted`-th best of these, and seldom many more. If they are few they are dropped one by one,
+    else the interval that has the rank is halved. Of equals the first ones are taken.
     """
-    o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    m_row = o_row < rows
-    o_row = tl.minimum(o_row, rows - 1)
-    o_local, o_batch, i_kv = split_row(o_row, B, HK)
-    o_row = o_row.to(tl.int64)
-    o_tile = first_tile + o_local // BLOCK_M
-    b_first, b_stop = tile_of(tile_first, tile_stop, o_tile, BLOCK_M, T)
-    o_query = b_first + o_local % BLOCK_M
-    m_row &= o_query < b_stop
-    if tl.max(m_row.to(tl.int32), 0) == 0:
+    i_kv = tl.program_id(1)
+    i_batch = (tl.program_id(0) % B).to(tl.int64)
+    i_local = tl.program_id(0) // B
+    first, stop = tile_of(tile_first, tile_stop, first_tile + i_local // BLOCK_M, BLOCK_M, T)
+    i_query = first + i_local % BLOCK_M
+    if i_query >= stop:
         return
-    p_visible = o_batch * stride_visible + o_query
-    b_visible = tl.load(visible_upper + p_visible, mask=m_row, other=0)
-    b_visible -= tl.load(visible_lower + p_visible, mask=m_row, other=0)
-    p_causal = o_batch * stride_causal + o_query
-    b_seen = tl.load(causal_upper + p_causal, mask=m_row, other=0)
-    b_seen -= tl.load(causal_lower + p_causal, mask=m_row, other=0)
-    # [ROWS, 1]: blocks up to the query's own.
-    b_candidates = tl.cdiv(b_seen, select_block_size)[:, None]
-    b_visible = (b_visible if FOLDED else tl.minimum(b_visible, columns))[:, None]
-    columns = tl.multiple_of(columns, 2 * ALIGNED if FOLDED else ALIGNED)
-    p_scores = scores + (o_row * columns)[:, None]
-    p_out = indices + (((o_batch * T + o_query) * HK + i_kv) * n)[:, None]
+    o_bound = i_batch * stride_visible + i_query
+    visible = tl.load(visible_upper + o_bound) - tl.load(visible_lower + o_bound)
+    o_bound = i_batch * stride_causal + i_query
+    seen = tl.load(causal_upper + o_bound) - tl.load(causal_lower + o_bound)
+    # Blocks up to the query's own; `free .. local - 1` are not forced.
+    candidates = tl.cdiv(seen, SELECT)
+    free = tl.minimum(INITIAL, candidates)
+    local = tl.maximum(free, candidates - local_blocks)
+    wanted = tl.minimum(n - (candidates - (local - free)), local - free)
+    p_out = indices + ((i_batch * T + i_query) * HK + i_kv) * n
+    # The slots of all but the `wanted`: forced blocks before and after them, then none.
+    o_slot = tl.arange(0, SLOTS)
+    unwanted = local - free - wanted
+    b_slot = tl.where(o_slot < free, o_slot, o_slot + unwanted)
+    b_slot = tl.where(o_slot < candidates - unwanted, b_slot, -1)
+    m_slot = (o_slot < n) & ((o_slot < free) | (o_slot >= free + wanted))
+    tl.store(p_out + o_slot, b_slot, mask=m_slot)
+    if wanted <= 0:
+        return
 
-    o_slot = tl.arange(0, SLOTS)[None, :]
-    m_padding = m_row[:, None] & (o_slot < n) & (o_slot >= b_candidates)
-    tl.store(p_out + o_slot, tl.full([ROWS, SLOTS], -1, tl.int32), mask=m_padding)
-    o_block = tl.arange(0, BLOCK_J)[None, :]
-    stop = BLOCK_J if HELD else tl.max(b_candidates)
-    b_held = _ranks(
-        p_scores, o_block, b_candidates, b_visible, columns, init_blocks, local_blocks,
-        first_weight, num_weights, per_compressed, per_select, FOLDED,
+    # Spelt out, since `tl.multiple_of` says nothing of a kernel's argument.
+    columns = columns // ALIGNED * ALIGNED
+    visible = tl.cdiv(visible, PER_SELECT) if FOLDED else tl.minimum(visible, columns)
+    p_scores = scores + (tl.program_id(0).to(tl.int64) * HK + i_kv) * columns
+    row = (
+        p_scores, local, visible, columns, first_weight, num_weights, per_compressed,
+        PER_SELECT, INITIAL, FOLDED, ALIGNED,
     )  # fmt: skip
-    b_low, b_high = _rank_interval(
-        b_held, p_scores, o_block, stop, b_candidates, b_visible, columns, init_blocks,
-        local_blocks, first_weight, num_weights, per_compressed, per_select, FOLDED, ROWS, BLOCK_J,
-        SLOTS,
-    )  # fmt: skip
-    b_count = _count_from(
-        b_high, b_held, p_scores, o_block, stop, b_candidates, b_visible, columns, init_blocks,
-        local_blocks, first_weight, num_weights, per_compressed, per_select, FOLDED, BLOCK_J,
-    )  # fmt: skip
-    # Where the forced blocks fill all slots, or all candidates fit, there is nothing to search.
-    b_low = tl.where(b_count >= n, FORCED, b_low)
-    m_open = (b_count < n) & (tl.sum(b_candidates, 1) > n) & (b_high - b_low > 1)
-    while tl.max(m_open.to(tl.int32), 0) > 0:
-        b_trial = b_low + (b_high - b_low) // 2
-        b_count = _count_from(
-            b_trial, b_held, p_scores, o_block, stop, b_candidates, b_visible, columns,
-            init_blocks, local_blocks, first_weight, num_weights, per_compressed, per_select,
-            FOLDED, BLOCK_J,
-        )  # fmt: skip
-        b_low = tl.where(m_open & (b_count >= n), b_trial, b_low)
-        b_high = tl.where(m_open & (b_count < n), b_trial, b_high)
-        m_open = m_open & (b_count != n) & (b_high - b_low > 1)
-    b_above = _count_from(
-        b_low + 1, b_held, p_scores, o_block, stop, b_candidates, b_visible, columns,
-        init_blocks, local_blocks, first_weight, num_weights, per_compressed, per_select,
-        FOLDED, BLOCK_J,
-    )  # fmt: skip
-    # [ROWS, 1]: equals still to take, and slots already filled.
-    b_left = n - b_above[:, None]
-    b_filled = tl.zeros([ROWS, 1], tl.int32)
+    o_block = tl.arange(0, BLOCK_J)
+    stop = BLOCK_J if HELD else local
+    b_held = _ranks(row, o_block)
+    low, count = 0, local - free
+    if unwanted > 0:
+        b_groups = _best_of_groups(b_held, LANES, ALIGNED)
+        for i_block in range(BLOCK_J, stop, BLOCK_J):
+            b_ranks = _ranks(row, i_block + o_block)
+            b_groups = tl.maximum(b_groups, _best_of_groups(b_ranks, LANES, ALIGNED))
+        low, best = _group_rank(b_groups, wanted, LANES)
+        count = _count_above(low - 1, b_held, row, o_block, stop)
+        high = best
+        while (count > wanted) & (low < high):
+            few = count - wanted <= FEW
+            trial = high - ((high - low) >> 1)
+            if few:
+                trial = _next_rank(low, b_held, row, o_block, stop)
+            found = _count_above(trial - 1, b_held, row, o_block, stop)
+            if found >= wanted:
+                low = trial
+                count = found
+            else:
+                # Nothing ranks between `low` and the next rank.
+                high = low if few else trial - 1
+    # How many of those that rank at `low` itself are taken.
+    equals = count
+    if count > wanted:
+        equals = wanted - _count_above(low, b_held, row, o_block, stop)
+    p_out += free
     for i_block in range(0, stop, BLOCK_J):
         b_ranks = b_held
         if not HELD:
-            b_ranks = _ranks(
-                p_scores, i_block + o_block, b_candidates, b_visible, columns, init_blocks,
-                local_blocks, first_weight, num_weights, per_compressed, per_select, FOLDED,
-            )  # fmt: skip
-        m_above, m_equal = b_ranks > b_low[:, None], b_ranks == b_low[:, None]
-        # Both running counts in one scan: those above in the lower half, the equals in the upper.
-        b_running = tl.cumsum(m_above.to(tl.int32) + (m_equal.to(tl.int32) << 16), 1)
-        b_equals = b_running >> 16
-        m_taken = m_above | (m_equal & (b_equals <= b_left))
-        o_target = b_filled + (b_running & 0xFFFF) + tl.minimum(b_equals, b_left) - 1
-        b_block = tl.zeros([ROWS, BLOCK_J], tl.int32) + (i_block + o_block)
-        tl.store(p_out + o_target, b_block, mask=m_row[:, None] & m_taken & (o_target < n))
-        b_left -= tl.sum(m_equal.to(tl.int32), 1)[:, None]
-        b_left = tl.maximum(b_left, 0)
-        b_filled += tl.sum(m_taken.to(tl.int32), 1)[:, None]
+            b_ranks = _ranks(row, i_block + o_block)
+        b_taken = _as_bits(b_ranks >= low, LANES, ALIGNED)
+        if count > wanted:
+            b_equal = _as_bits(b_ranks == low, LANES, ALIGNED)
+            b_first, total = _firsts(b_equal)
+            b_left, passed = b_equal, 0
+            while tl.max((b_left != 0).to(tl.int32), 0) > 0:
+                _, o_place = _lowest(b_left, b_first, passed)
+                b_bit = b_left & -b_left
+                b_taken = tl.where(o_place < equals, b_taken, b_taken & ~b_bit)
+                b_left ^= b_bit
+                passed += 1
+            equals -= total
+        b_first, total = _firsts(b_taken)
+        passed = 0
+        while tl.max((b_taken != 0).to(tl.int32), 0) > 0:
+            o_bit, o_place = _lowest(b_taken, b_first, passed)
+            o_taken = o_bit // ALIGNED * (LANES * ALIGNED) + o_bit % ALIGNED
+            o_taken += i_block + tl.arange(0, LANES) * ALIGNED
+            tl.store(p_out + o_place, o_taken, mask=b_taken != 0)
+            b_taken &= b_taken - 1
+            passed += 1
+        p_out += total
 
 
 @triton.jit
-def _rank_interval(
-    b_held, p_scores, o_block, stop, b_candidates, b_visible, columns, init_blocks, local_blocks,
-    first_weight, num_weights, per_compressed, per_select, FOLDED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_J: tl.constexpr, SLOTS: tl.constexpr,
-):  # fmt: skip
-    """Where to look for the rank of each row's n-th best block: `low <= rank < high`.
+def _as_bits(m_block, LANES: tl.constexpr, ALIGNED: tl.constexpr):
+    """Which of each lane's blocks, in ascending order of bits. int32 `[LANES]`."""
+    CHUNKS: tl.constexpr = m_block.shape[0] // (LANES * ALIGNED)
+    b_bit = 1 << (tl.arange(0, CHUNKS) * ALIGNED)[:, None] + tl.arange(0, ALIGNED)[None, :]
+    m_block = tl.reshape(m_block, [CHUNKS, LANES, ALIGNED])
+    return tl.sum(tl.sum(tl.where(m_block, b_bit[:, None, :], 0), 2), 0)
 
-    `high` is just above the best block that is not forced. Of `SLOTS >= n` groups of blocks, each
-    has one that ranks at least as high as the worst group's best, which makes `low`.
+
+@triton.jit
+def _firsts(b_bits):
+    """What to add to a lane's number of lower bits for a bit's place among all lanes' in the order
+    of blocks, two chunks in an integer `[4, LANES]`; and how many bits there are.
     """
-    b_best = tl.max(tl.where(b_held == FORCED, -1, b_held), 1)
-    for i_block in range(BLOCK_J, stop, BLOCK_J):
-        b_ranks = _ranks(
-            p_scores, i_block + o_block, b_candidates, b_visible, columns, init_blocks,
-            local_blocks, first_weight, num_weights, per_compressed, per_select, FOLDED,
-        )  # fmt: skip
-        b_best = tl.maximum(b_best, tl.max(tl.where(b_ranks == FORCED, -1, b_ranks), 1))
-    b_low = tl.zeros([ROWS], tl.int32)
-    if SLOTS < BLOCK_J:
-        b_groups = tl.max(tl.reshape(b_held, [ROWS, BLOCK_J // SLOTS, SLOTS]), 1)
-        b_low = tl.maximum(tl.min(b_groups, 1), 0)
-    return b_low, b_best + 1
+    # Four bits are one chunk's; the upper half's chunks come after all of the lower half's.
+    b_counts = b_bits - ((b_bits >> 1) & 0x55555555)
+    b_counts = (b_counts & 0x33333333) + ((b_counts >> 2) & 0x33333333)
+    b_counts = (b_counts[None, :] >> (4 * tl.arange(0, 4))[:, None]) & 0x000F000F
+    b_totals = tl.sum(b_counts, 1)
+    b_others = b_totals[:, None] - b_counts
+    b_first = tl.cumsum(b_counts, 1) - b_counts + tl.cumsum(b_others, 0) - b_others
+    total = tl.sum(b_totals, 0)
+    return b_first + (tl.sum(b_others, 0) << 16)[None, :], (total >> 16) + (total & 0xFFFF)
 
 
 @triton.jit
-def _count_from(
-    b_trial, b_held, p_scores, o_block, stop, b_candidates, b_visible, columns,
-    init_blocks, local_blocks, first_weight, num_weights, per_compressed, per_select,
-    FOLDED: tl.constexpr, BLOCK_J: tl.constexpr,
-):  # fmt: skip
-    """How many blocks of each row rank at `b_trial` or above; what is not held is read again."""
-    b_count = tl.sum((b_held >= b_trial[:, None]).to(tl.int32), 1)
-    for i_block in range(BLOCK_J, stop, BLOCK_J):
-        b_ranks = _ranks(
-            p_scores, i_block + o_block, b_candidates, b_visible, columns, init_blocks,
-            local_blocks, first_weight, num_weights, per_compressed, per_select, FOLDED,
-        )  # fmt: skip
-        b_count += tl.sum((b_ranks >= b_trial[:, None]).to(tl.int32), 1)
-    return b_count
+def _lowest(b_bits, b_first, passed):
+    """The lowest bit of each lane after `passed` lower ones: its number and its place."""
+    b_bit = (b_bits & -b_bits).to(tl.float32).to(tl.int32, bitcast=True)
+    o_bit = ((b_bit >> 23) & 0xFF) - 127
+    m_pair = (tl.arange(0, 4)[:, None] == (o_bit // 4 % 4)[None, :])
+    b_pair = tl.sum(tl.where(m_pair, b_first, 0), 0)
+    return o_bit, (tl.where(o_bit < 16, b_pair, b_pair >> 16) & 0xFFFF) + passed
 
 
 @triton.jit
-def _ranks(
-    p_scores, o_block, b_candidates, b_visible, columns, init_blocks, local_blocks,
-    first_weight, num_weights, per_compressed, per_select, FOLDED: tl.constexpr,
-):  # fmt: skip
-    """A block's rank: the bits of its score, infinity's if forced, -1 for no candidate."""
-    m_candidate = o_block < b_candidates
+def _best_of_groups(b_ranks, LANES: tl.constexpr, ALIGNED: tl.constexpr):
+    """The best rank of each `LANES * ALIGNED`-th block on from each of the first. `[LANES, ALIGNED]`."""
+    CHUNKS: tl.constexpr = b_ranks.shape[0] // (LANES * ALIGNED)
+    return tl.max(tl.reshape(b_ranks, [CHUNKS, LANES, ALIGNED]), 0)
+
+
+@triton.jit
+def _group_rank(b_groups, wanted, LANES: tl.constexpr):
+    """The rank of the `wanted`-th best of some groups, 0 where it is not known, and the best one."""
+    b_lanes = tl.max(b_groups, 1)
+    best = tl.max(b_lanes, 0)
+    # One group of each lane ranks at least as high as the worst lane's best.
+    low = tl.where(wanted <= LANES, tl.maximum(tl.min(b_lanes, 0), 0), 0)
+    count = tl.sum(tl.sum((b_groups >= low).to(tl.int32), 1), 0)
+    high = best
+    while (count > wanted) & (low < high):
+        trial = high - ((high - low) >> 1)
+        found = tl.sum(tl.sum((b_groups >= trial).to(tl.int32), 1), 0)
+        if found >= wanted:
+            low = trial
+            count = found
+        else:
+            high = trial - 1
+    low = tl.min(tl.min(tl.where(b_groups >= low, b_groups, best), 1), 0)
+    return tl.where(count >= wanted, low, 0), best
+
+
+@triton.jit
+def _count_above(rank, b_held, row, o_block, stop):
+    """How many blocks of a row rank above `rank`; what is not held is read again."""
+    count = tl.sum((b_held > rank).to(tl.int32), 0)
+    for i_block in range(b_held.shape[0], stop, b_held.shape[0]):
+        b_ranks = _ranks(row, i_block + o_block)
+        count += tl.sum((b_ranks > rank).to(tl.int32), 0)
+    return count
+
+
+@triton.jit
+def _next_rank(rank, b_held, row, o_block, stop):
+    """The lowest rank above `rank`; what is not held is read again."""
+    following = tl.min(tl.where(b_held > rank, b_held, LARGEST), 0)
+    for i_block in range(b_held.shape[0], stop, b_held.shape[0]):
+        b_ranks = _ranks(row, i_block + o_block)
+        following = tl.minimum(following, tl.min(tl.where(b_ranks > rank, b_ranks, LARGEST), 0))
+    return following
+
+
+@triton.jit
+def _ranks(row, o_block):
+    """The ranks of some blocks: the bits of their scores, -1 for none and for a forced one."""
+    (
+        p_scores, local, visible, columns, first_weight, num_weights, per_compressed,
+        PER_SELECT, INITIAL, FOLDED, ALIGNED,
+    ) = row  # fmt: skip
     # Block j's own compressed keys start at j m / d: whatever lies past the visible ones is 0.
     if FOLDED:
-        m_own = m_candidate & (o_block * per_select < b_visible)
-        m_carried = m_candidate & (o_block > 0) & ((o_block - 1) * per_select < b_visible)
-        b_score = tl.load(p_scores + o_block, mask=m_own, other=0.0)
-        b_score += tl.load(p_scores + columns // 2 + o_block, mask=m_carried, other=0.0)
+        # So many blocks have something carried to them by the one before.
+        carried = tl.where(visible > 0, visible + 1, 0)
+        # Masks for `ALIGNED` blocks at once keep loads as wide.
+        m_own = o_block < tl.cdiv(tl.minimum(visible, local), ALIGNED) * ALIGNED
+        m_carried = o_block < tl.cdiv(tl.minimum(carried, local), ALIGNED) * ALIGNED
+        b_own = tl.load(p_scores + o_block, mask=m_own)
+        p_carried = p_scores + columns // (2 * ALIGNED) * ALIGNED
+        b_carried = tl.load(p_carried + o_block, mask=m_carried)
+        if INITIAL == 0:
+            b_carried = tl.where(o_block > 0, b_carried, 0.0)
+        if visible < local:
+            b_own = tl.where(o_block < visible, b_own, 0.0)
+            b_carried = tl.where(o_block < carried, b_carried, 0.0)
+        b_score = tl.abs(b_own) + tl.abs(b_carried)
     else:
-        b_score = tl.zeros_like(m_candidate.to(tl.float32))
+        b_score = tl.zeros(o_block.shape, tl.float32)
         for i_weight in range(num_weights):
-            o_key = o_block * per_select + first_weight + i_weight
-            m_key = m_candidate & (o_key >= 0) & (o_key < b_visible)
+            o_key = o_block * PER_SELECT + first_weight + i_weight
+            m_key = (o_block < local) & (o_key >= 0) & (o_key < visible)
             b_p = tl.load(p_scores + o_key, mask=m_key, other=0.0)
             b_score += b_p * tl.minimum(
                 tl.minimum(i_weight + 1, num_weights - i_weight), per_compressed
             )
-    b_ranks = tl.maximum(b_score.to(tl.int32, bitcast=True), 0)
-    m_forced = (o_block < init_blocks) | (o_block >= b_candidates - local_blocks)
-    b_ranks = tl.where(m_forced, FORCED, b_ranks)
-    return tl.where(m_candidate, b_ranks, -1)
+        b_score = tl.abs(b_score)
+    m_free = (o_block >= INITIAL) & (o_block < local)
+    return tl.where(m_free, b_score.to(tl.int32, bitcast=True), -1)
