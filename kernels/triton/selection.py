@@ -36,8 +36,8 @@ from nsa_port.kernels.triton.host import (
     strides,
     tuned,
 )
-from nsa_port.kernels.triton.tiles import LOG2_E as LOG2_E_DEVICE
 from nsa_port.kernels.triton.tiles import LARGEST, dot_split, load_rows
+from nsa_port.kernels.triton.tiles import LOG2_E as LOG2_E_DEVICE
 
 _SCORE_BYTES = 2**28
 """Room for the scores of the queries that are worked on at a time."""
@@ -48,11 +48,11 @@ _TOP_BLOCKS = (128, 256, 512, 1024, 2048, 4096)
 _HELD_BY_WARP = 1024
 """Blocks that one warp holds, 32 in each lane."""
 
-_ALIGNED = 4
-"""A row of scores has a multiple of so many columns, so that they are loaded four at a time."""
+ALIGNED = tl.constexpr(4)
+"""A row of scores has a multiple of so many columns, and a lane holds blocks by as many."""
 
 FEW = tl.constexpr(4)
-"""Surplus blocks that are dropped one by one."""
+"""So many blocks above the wanted ones are dropped one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,6 @@ def choose_blocks(indices: Tensor, found: Scored, config: NSAConfig) -> None:
         "BLOCK_M": found.block_m,
         "SLOTS": next_power_of_2(n),
         "FOLDED": found.folded,
-        "ALIGNED": _ALIGNED,
     }
     _compile_every_width(arguments, indices, config, form)
     held = found.blocks <= width
@@ -124,8 +123,9 @@ def choose_blocks(indices: Tensor, found: Scored, config: NSAConfig) -> None:
 
 def _width(width: int, held: bool) -> dict[str, int]:
     num_warps = max(1, width // _HELD_BY_WARP)
-    lanes = min(32 * num_warps, width // _ALIGNED)
-    return {"BLOCK_J": width, "LANES": lanes, "HELD": held, "num_warps": num_warps}
+    lanes = min(32 * num_warps, width // ALIGNED.value)
+    chunks = width // (lanes * ALIGNED.value)
+    return {"CHUNKS": chunks, "LANES": lanes, "HELD": held, "num_warps": num_warps}
 
 
 _compiled: set[tuple[Any, ...]] = set()
@@ -198,7 +198,7 @@ def blocks_of(
     per_compressed = config.block_size // config.block_stride
     folded = config.score_map == "overlap" and block_n % per_select == 0 and _is_power(per_select)
     num_compressed = max(1, min(C, config.num_compressed(layout.num_keys)))
-    columns = cdiv(blocks if folded else num_compressed, _ALIGNED) * _ALIGNED
+    columns = cdiv(blocks if folded else num_compressed, ALIGNED.value) * ALIGNED.value
     columns *= 2 if folded else 1
     chunk = max(1, min(tiles.count, _SCORE_BYTES // (4 * B * HK * columns * block_m)))
     scores = torch.empty(
@@ -238,7 +238,7 @@ def blocks_of(
                 PER_SELECT=per_select,
                 PER_COMPRESSED=per_compressed,
                 FOLDED=folded,
-                ALIGNED=_ALIGNED,
+                ALIGNED=ALIGNED.value,
                 DIM_K=Dk,
                 K_MAIN=split_head(Dk).main,
                 K_REST=split_head(Dk).rest,
@@ -397,20 +397,20 @@ def _top_blocks_kernel(
     PER_SELECT: tl.constexpr,
     INITIAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_J: tl.constexpr,
+    CHUNKS: tl.constexpr,
     LANES: tl.constexpr,
     SLOTS: tl.constexpr,
     FOLDED: tl.constexpr,
     HELD: tl.constexpr,
-    ALIGNED: tl.constexpr,
 ):
     """One program: the best `n` blocks of one row, which is a query and KV head, ascending.
 
-    Forced blocks are the first and the last ones and need no rank. Of the others, `wanted` are to
-    be chosen: those that rank at `low` or above. Where to look for it is found among the best of
-    groups of blocks first, `ALIGNED` for each lane: at least `wanted` blocks rank as high as the
-    `wanted`-th best of these, and seldom many more. If they are few they are dropped one by one,
-    else the interval that has the rank is halved. Of equals the first ones are taken.
+    Scores are not negative, so they order as the integers their bits spell, here called ranks.
+    Forced blocks are the first and the last ones and need none. Of the others, `wanted` are to be
+    chosen: those that rank at `low` or above. A first `low` is the `wanted`-th best of the best of
+    groups of blocks, `ALIGNED` groups to a lane: at least `wanted` blocks rank as high, and seldom
+    many more. A few more are dropped one by one, else the interval that holds the rank is halved.
+    Of equals the first ones are taken.
     """
     i_kv = tl.program_id(1)
     i_batch = (tl.program_id(0) % B).to(tl.int64)
@@ -443,118 +443,130 @@ def _top_blocks_kernel(
     columns = columns // ALIGNED * ALIGNED
     visible = tl.cdiv(visible, PER_SELECT) if FOLDED else tl.minimum(visible, columns)
     p_scores = scores + (tl.program_id(0).to(tl.int64) * HK + i_kv) * columns
+    # [LANES, CHUNKS, ALIGNED]: the blocks a lane holds. Triton deals out the first dimension first,
+    # which leaves the others to one lane.
+    WIDTH: tl.constexpr = CHUNKS * LANES * ALIGNED
+    o_chunk = tl.arange(0, CHUNKS)[None, :, None] * (LANES * ALIGNED)
+    o_lane = tl.arange(0, LANES)[:, None, None] * ALIGNED
     row = (
-        p_scores, local, visible, columns, first_weight, num_weights, per_compressed,
-        PER_SELECT, INITIAL, FOLDED, ALIGNED,
+        p_scores, o_chunk + tl.arange(0, ALIGNED)[None, None, :], o_lane, INITIAL, local, visible,
+        columns, first_weight, num_weights, per_compressed, PER_SELECT,
     )  # fmt: skip
-    o_block = tl.arange(0, BLOCK_J)
-    stop = BLOCK_J if HELD else local
-    b_held = _ranks(row, o_block)
-    low, count = 0, local - free
+    stop = WIDTH if HELD else local
+    b_held = _ranks(row, 0, FOLDED)
+    low = 0
     if unwanted > 0:
-        b_groups = _best_of_groups(b_held, LANES, ALIGNED)
-        for i_block in range(BLOCK_J, stop, BLOCK_J):
-            b_ranks = _ranks(row, i_block + o_block)
-            b_groups = tl.maximum(b_groups, _best_of_groups(b_ranks, LANES, ALIGNED))
-        low, best = _group_rank(b_groups, wanted, LANES)
-        count = _count_above(low - 1, b_held, row, o_block, stop)
-        high = best
-        while (count > wanted) & (low < high):
-            few = count - wanted <= FEW
-            trial = high - ((high - low) >> 1)
-            if few:
-                trial = _next_rank(low, b_held, row, o_block, stop)
-            found = _count_above(trial - 1, b_held, row, o_block, stop)
-            if found >= wanted:
-                low = trial
-                count = found
-            else:
-                # Nothing ranks between `low` and the next rank.
-                high = low if few else trial - 1
+        b_groups = tl.max(b_held, 1)
+        for i_block in range(WIDTH, stop, WIDTH):
+            b_groups = tl.maximum(b_groups, tl.max(_ranks(row, i_block, FOLDED), 1))
+        low, high = _group_rank(b_groups, wanted)
+    else:
+        high = low
+    b_taken, count = _above(low - 1, b_held, row, stop, WIDTH, FOLDED)
+    while (count > wanted) & (low < high):
+        few = count - wanted <= FEW
+        trial = high - ((high - low) >> 1)
+        if few:
+            trial = _next_rank(low, b_held, row, stop, WIDTH, FOLDED)
+        b_found, found = _above(trial - 1, b_held, row, stop, WIDTH, FOLDED)
+        if found >= wanted:
+            low = trial
+            count = found
+            b_taken = b_found
+        else:
+            # Nothing ranks between `low` and the next rank.
+            high = low if few else trial - 1
     # How many of those that rank at `low` itself are taken.
     equals = count
     if count > wanted:
-        equals = wanted - _count_above(low, b_held, row, o_block, stop)
+        equals = wanted - _above(low, b_held, row, stop, WIDTH, FOLDED)[1]
     p_out += free
-    for i_block in range(0, stop, BLOCK_J):
+    for i_block in range(0, stop, WIDTH):
         b_ranks = b_held
         if not HELD:
-            b_ranks = _ranks(row, i_block + o_block)
-        b_taken = _as_bits(b_ranks >= low, LANES, ALIGNED)
+            b_ranks = _ranks(row, i_block, FOLDED)
+            b_taken = _as_bits(b_ranks >= low)
         if count > wanted:
-            b_equal = _as_bits(b_ranks == low, LANES, ALIGNED)
-            b_first, total = _firsts(b_equal)
-            b_left, passed = b_equal, 0
-            while tl.max((b_left != 0).to(tl.int32), 0) > 0:
-                _, o_place = _lowest(b_left, b_first, passed)
-                b_bit = b_left & -b_left
+            b_equal = _as_bits(b_ranks == low)
+            b_first, total, most = _firsts(b_equal)
+            for passed in range(most):
+                _, o_place = _lowest(b_equal, b_first, passed)
+                b_bit = b_equal & -b_equal
                 b_taken = tl.where(o_place < equals, b_taken, b_taken & ~b_bit)
-                b_left ^= b_bit
-                passed += 1
+                b_equal ^= b_bit
             equals -= total
-        b_first, total = _firsts(b_taken)
-        passed = 0
-        while tl.max((b_taken != 0).to(tl.int32), 0) > 0:
+        b_first, total, most = _firsts(b_taken)
+        for passed in range(most):
             o_bit, o_place = _lowest(b_taken, b_first, passed)
             o_taken = o_bit // ALIGNED * (LANES * ALIGNED) + o_bit % ALIGNED
             o_taken += i_block + tl.arange(0, LANES) * ALIGNED
             tl.store(p_out + o_place, o_taken, mask=b_taken != 0)
             b_taken &= b_taken - 1
-            passed += 1
         p_out += total
 
 
 @triton.jit
-def _as_bits(m_block, LANES: tl.constexpr, ALIGNED: tl.constexpr):
-    """Which of each lane's blocks, in ascending order of bits. int32 `[LANES]`."""
-    CHUNKS: tl.constexpr = m_block.shape[0] // (LANES * ALIGNED)
-    b_bit = 1 << (tl.arange(0, CHUNKS) * ALIGNED)[:, None] + tl.arange(0, ALIGNED)[None, :]
-    m_block = tl.reshape(m_block, [CHUNKS, LANES, ALIGNED])
-    return tl.sum(tl.sum(tl.where(m_block, b_bit[:, None, :], 0), 2), 0)
+def _as_bits(m_block):
+    """Which of the (at most 32) blocks of each lane, as bits in ascending order. `[LANES]`."""
+    o_bit = (tl.arange(0, m_block.shape[1]) * ALIGNED)[:, None] + tl.arange(0, ALIGNED)[None, :]
+    return tl.sum(tl.sum(tl.where(m_block, (1 << o_bit)[None, :, :], 0), 2), 1)
+
+
+@triton.jit
+def _ones_of_four(b_bits):
+    """How many of each four bits are set, as four bits."""
+    b_bits -= (b_bits >> 1) & 0x55555555
+    return (b_bits & 0x33333333) + ((b_bits >> 2) & 0x33333333)
+
+
+@triton.jit
+def _ones(b_bits):
+    """How many bits are set."""
+    b_ones = _ones_of_four(b_bits)
+    b_ones = (b_ones + (b_ones >> 4)) & 0x0F0F0F0F
+    return (b_ones * 0x01010101) >> 24
 
 
 @triton.jit
 def _firsts(b_bits):
-    """What to add to a lane's number of lower bits for a bit's place among all lanes' in the order
-    of blocks, two chunks in an integer `[4, LANES]`; and how many bits there are.
+    """Where each lane's bits go if all lanes' are counted in the order of their blocks.
+
+    `[4, LANES]`: of each chunk of four bits, the place of its first bit less how many lower ones
+    the lane has; chunks 0 to 3 in the lower halves, 4 to 7 in the upper ones. Then how many bits
+    there are, and the most that any lane has.
     """
-    # Four bits are one chunk's; the upper half's chunks come after all of the lower half's.
-    b_counts = b_bits - ((b_bits >> 1) & 0x55555555)
-    b_counts = (b_counts & 0x33333333) + ((b_counts >> 2) & 0x33333333)
+    b_counts = _ones_of_four(b_bits)
     b_counts = (b_counts[None, :] >> (4 * tl.arange(0, 4))[:, None]) & 0x000F000F
-    b_totals = tl.sum(b_counts, 1)
-    b_others = b_totals[:, None] - b_counts
+    b_total = tl.sum(b_counts, 1)[:, None]
+    b_others = b_total - b_counts
     b_first = tl.cumsum(b_counts, 1) - b_counts + tl.cumsum(b_others, 0) - b_others
-    total = tl.sum(b_totals, 0)
-    return b_first + (tl.sum(b_others, 0) << 16)[None, :], (total >> 16) + (total & 0xFFFF)
+    # All of the lower halves come before the upper ones.
+    b_first += (tl.sum(b_others, 0) << 16)[None, :]
+    b_lane = tl.sum(b_counts, 0)
+    total = tl.sum(tl.sum(b_total, 1), 0)
+    most = tl.max((b_lane >> 16) + (b_lane & 0xFFFF), 0)
+    return b_first, (total >> 16) + (total & 0xFFFF), most
 
 
 @triton.jit
 def _lowest(b_bits, b_first, passed):
-    """The lowest bit of each lane after `passed` lower ones: its number and its place."""
-    b_bit = (b_bits & -b_bits).to(tl.float32).to(tl.int32, bitcast=True)
-    o_bit = ((b_bit >> 23) & 0xFF) - 127
-    m_pair = (tl.arange(0, 4)[:, None] == (o_bit // 4 % 4)[None, :])
-    b_pair = tl.sum(tl.where(m_pair, b_first, 0), 0)
-    return o_bit, (tl.where(o_bit < 16, b_pair, b_pair >> 16) & 0xFFFF) + passed
+    """Each lane's lowest bit, after `passed` lower ones: its number and its place."""
+    b_float = (b_bits & -b_bits).to(tl.float32)
+    o_bit = ((b_float.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
+    m_chunk = tl.arange(0, 4)[:, None] == (o_bit // 4 % 4)[None, :]
+    b_place = tl.sum(tl.where(m_chunk, b_first, 0), 0)
+    return o_bit, (tl.where(o_bit < 16, b_place, b_place >> 16) & 0xFFFF) + passed
 
 
 @triton.jit
-def _best_of_groups(b_ranks, LANES: tl.constexpr, ALIGNED: tl.constexpr):
-    """The best rank of each `LANES * ALIGNED`-th block on from each of the first. `[LANES, ALIGNED]`."""
-    CHUNKS: tl.constexpr = b_ranks.shape[0] // (LANES * ALIGNED)
-    return tl.max(tl.reshape(b_ranks, [CHUNKS, LANES, ALIGNED]), 0)
-
-
-@triton.jit
-def _group_rank(b_groups, wanted, LANES: tl.constexpr):
-    """The rank of the `wanted`-th best of some groups, 0 where it is not known, and the best one."""
+def _group_rank(b_groups, wanted):
+    """The rank of the `wanted`-th best group, 0 where there may be fewer, and of the best one."""
     b_lanes = tl.max(b_groups, 1)
-    best = tl.max(b_lanes, 0)
+    high = tl.max(b_lanes, 0)
+    best = high
     # One group of each lane ranks at least as high as the worst lane's best.
-    low = tl.where(wanted <= LANES, tl.maximum(tl.min(b_lanes, 0), 0), 0)
+    low = tl.where(wanted <= b_lanes.shape[0], tl.maximum(tl.min(b_lanes, 0), 0), 0)
     count = tl.sum(tl.sum((b_groups >= low).to(tl.int32), 1), 0)
-    high = best
     while (count > wanted) & (low < high):
         trial = high - ((high - low) >> 1)
         found = tl.sum(tl.sum((b_groups >= trial).to(tl.int32), 1), 0)
@@ -568,57 +580,67 @@ def _group_rank(b_groups, wanted, LANES: tl.constexpr):
 
 
 @triton.jit
-def _count_above(rank, b_held, row, o_block, stop):
-    """How many blocks of a row rank above `rank`; what is not held is read again."""
-    count = tl.sum((b_held > rank).to(tl.int32), 0)
-    for i_block in range(b_held.shape[0], stop, b_held.shape[0]):
-        b_ranks = _ranks(row, i_block + o_block)
-        count += tl.sum((b_ranks > rank).to(tl.int32), 0)
-    return count
+def _above(rank, b_held, row, stop, WIDTH: tl.constexpr, FOLDED: tl.constexpr):
+    """Which of the blocks that are held rank above `rank`, as bits, and how many of the whole row.
+
+    What is not held is read again.
+    """
+    b_bits = _as_bits(b_held > rank)
+    b_count = _ones(b_bits)
+    for i_block in range(WIDTH, stop, WIDTH):
+        b_count += _ones(_as_bits(_ranks(row, i_block, FOLDED) > rank))
+    return b_bits, tl.sum(b_count, 0)
 
 
 @triton.jit
-def _next_rank(rank, b_held, row, o_block, stop):
+def _next_rank(rank, b_held, row, stop, WIDTH: tl.constexpr, FOLDED: tl.constexpr):
     """The lowest rank above `rank`; what is not held is read again."""
-    following = tl.min(tl.where(b_held > rank, b_held, LARGEST), 0)
-    for i_block in range(b_held.shape[0], stop, b_held.shape[0]):
-        b_ranks = _ranks(row, i_block + o_block)
-        following = tl.minimum(following, tl.min(tl.where(b_ranks > rank, b_ranks, LARGEST), 0))
-    return following
+    b_next = tl.min(tl.min(tl.where(b_held > rank, b_held, LARGEST), 2), 1)
+    for i_block in range(WIDTH, stop, WIDTH):
+        b_ranks = _ranks(row, i_block, FOLDED)
+        b_ranks = tl.where(b_ranks > rank, b_ranks, LARGEST)
+        b_next = tl.minimum(b_next, tl.min(tl.min(b_ranks, 2), 1))
+    return tl.min(b_next, 0)
 
 
 @triton.jit
-def _ranks(row, o_block):
-    """The ranks of some blocks: the bits of their scores, -1 for none and for a forced one."""
+def _ranks(row, i_block, FOLDED: tl.constexpr):
+    """The ranks of the blocks from `i_block` on: the bits of their scores, -1 for none and for a
+    forced one. `[LANES, CHUNKS, ALIGNED]`.
+    """
     (
-        p_scores, local, visible, columns, first_weight, num_weights, per_compressed,
-        PER_SELECT, INITIAL, FOLDED, ALIGNED,
+        p_scores, o_block, o_lane, initial, local, visible, columns, first_weight, num_weights,
+        per_compressed, per_select,
     ) = row  # fmt: skip
+    # Limits are counted from the lane's first block, so that the blocks it holds are constants.
+    i_first = i_block + o_lane
     # Block j's own compressed keys start at j m / d: whatever lies past the visible ones is 0.
     if FOLDED:
         # So many blocks have something carried to them by the one before.
         carried = tl.where(visible > 0, visible + 1, 0)
         # Masks for `ALIGNED` blocks at once keep loads as wide.
-        m_own = o_block < tl.cdiv(tl.minimum(visible, local), ALIGNED) * ALIGNED
-        m_carried = o_block < tl.cdiv(tl.minimum(carried, local), ALIGNED) * ALIGNED
+        m_own = o_block < tl.cdiv(tl.minimum(visible, local), ALIGNED) * ALIGNED - i_first
+        m_carried = o_block < tl.cdiv(tl.minimum(carried, local), ALIGNED) * ALIGNED - i_first
+        p_scores += i_first
         b_own = tl.load(p_scores + o_block, mask=m_own)
-        p_carried = p_scores + columns // (2 * ALIGNED) * ALIGNED
-        b_carried = tl.load(p_carried + o_block, mask=m_carried)
-        if INITIAL == 0:
-            b_carried = tl.where(o_block > 0, b_carried, 0.0)
+        p_scores += columns // (2 * ALIGNED) * ALIGNED
+        b_carried = tl.load(p_scores + o_block, mask=m_carried)
+        b_carried = tl.where(o_block > -i_first, b_carried, 0.0)
         if visible < local:
-            b_own = tl.where(o_block < visible, b_own, 0.0)
-            b_carried = tl.where(o_block < carried, b_carried, 0.0)
+            b_own = tl.where(o_block < visible - i_first, b_own, 0.0)
+            b_carried = tl.where(o_block < carried - i_first, b_carried, 0.0)
         b_score = tl.abs(b_own) + tl.abs(b_carried)
     else:
-        b_score = tl.zeros(o_block.shape, tl.float32)
+        o_first = (i_first + o_block) * per_select + first_weight
+        m_block = o_block < local - i_first
+        b_score = tl.zeros(o_first.shape, tl.float32)
         for i_weight in range(num_weights):
-            o_key = o_block * PER_SELECT + first_weight + i_weight
-            m_key = (o_block < local) & (o_key >= 0) & (o_key < visible)
+            o_key = o_first + i_weight
+            m_key = m_block & (o_key >= 0) & (o_key < visible)
             b_p = tl.load(p_scores + o_key, mask=m_key, other=0.0)
             b_score += b_p * tl.minimum(
                 tl.minimum(i_weight + 1, num_weights - i_weight), per_compressed
             )
         b_score = tl.abs(b_score)
-    m_free = (o_block >= INITIAL) & (o_block < local)
+    m_free = (o_block >= initial - i_first) & (o_block < local - i_first)
     return tl.where(m_free, b_score.to(tl.int32, bitcast=True), -1)
