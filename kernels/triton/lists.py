@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nsa_port.kernels.triton.bounds import QueryBounds
 from nsa_port.kernels.triton.host import cdiv, next_power_of_2
-from nsa_port.kernels.triton.tiles import split_row
+from nsa_port.kernels.triton.tiles import named_before, split_row
 
 _PARTS = 512
 """At most so many parts: with them the counts take memory linear in the length."""
@@ -94,9 +94,7 @@ def _block_rows_kernel(
     # Not by comparing rows, which may overflow for an index that is far out of range.
     b_blocks = tl.cdiv(b_stop - b_first, select_block_size)
     m_block = (b_block >= 0) & (b_block < b_blocks[:, None])
-    m_before = o_slot[None, :] < o_slot[:, None]
-    m_same = (b_block[:, :, None] == b_block[:, None, :]) & m_before[None, :, :]
-    m_block &= tl.max(m_same.to(tl.int32), 2) == 0
+    m_block &= named_before(b_block, o_slot) == 0
     b_row = tl.where(m_block, b_first[:, None] + b_block * select_block_size, -1)
     tl.store(rows + o_row.to(tl.int64)[:, None] * n + o_slot[None, :], b_row, mask=m_slot)
 

@@ -36,7 +36,13 @@ from nsa_port.kernels.triton.host import (
     strides,
     tuned,
 )
-from nsa_port.kernels.triton.tiles import LARGEST, dot_split, load_rows
+from nsa_port.kernels.triton.tiles import (
+    LARGEST,
+    count_bits,
+    count_bits_of_four,
+    dot_split,
+    load_rows,
+)
 from nsa_port.kernels.triton.tiles import LOG2_E as LOG2_E_DEVICE
 
 _SCORE_BYTES = 2**28
@@ -513,21 +519,6 @@ def _as_bits(m_block):
 
 
 @triton.jit
-def _ones_of_four(b_bits):
-    """How many of each four bits are set, as four bits."""
-    b_bits -= (b_bits >> 1) & 0x55555555
-    return (b_bits & 0x33333333) + ((b_bits >> 2) & 0x33333333)
-
-
-@triton.jit
-def _ones(b_bits):
-    """How many bits are set."""
-    b_ones = _ones_of_four(b_bits)
-    b_ones = (b_ones + (b_ones >> 4)) & 0x0F0F0F0F
-    return (b_ones * 0x01010101) >> 24
-
-
-@triton.jit
 def _firsts(b_bits):
     """Where each lane's bits go if all lanes' are counted in the order of their blocks.
 
@@ -535,7 +526,7 @@ def _firsts(b_bits):
     the lane has; chunks 0 to 3 in the lower halves, 4 to 7 in the upper ones. Then how many bits
     there are, and the most that any lane has.
     """
-    b_counts = _ones_of_four(b_bits)
+    b_counts = count_bits_of_four(b_bits)
     b_counts = (b_counts[None, :] >> (4 * tl.arange(0, 4))[:, None]) & 0x000F000F
     b_total = tl.sum(b_counts, 1)[:, None]
     b_others = b_total - b_counts
@@ -586,9 +577,9 @@ def _above(rank, b_held, row, stop, WIDTH: tl.constexpr, FOLDED: tl.constexpr):
     What is not held is read again.
     """
     b_bits = _as_bits(b_held > rank)
-    b_count = _ones(b_bits)
+    b_count = count_bits(b_bits)
     for i_block in range(WIDTH, stop, WIDTH):
-        b_count += _ones(_as_bits(_ranks(row, i_block, FOLDED) > rank))
+        b_count += count_bits(_as_bits(_ranks(row, i_block, FOLDED) > rank))
     return b_bits, tl.sum(b_count, 0)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nsa_port.kernels.triton.bounds import QueryBounds, Tiles, tile_of
 from nsa_port.kernels.triton.host import next_power_of_2
-from nsa_port.kernels.triton.tiles import LARGEST
+from nsa_port.kernels.triton.tiles import LARGEST, any_of, count_bits, named_before
 
 FIELDS = tl.constexpr(3)
 """A shared block's numbers: its first key row, the queries of the tile that chose it, as bits, and
@@ -155,10 +155,8 @@ def _share_blocks_kernel(
     b_seen = tl.load(p_upper + o_query, mask=m_query, other=0)
     # Not by comparing rows, which may overflow for an index that is far out of range.
     b_blocks = tl.cdiv(b_seen - b_first, select_block_size)
-    # Comparisons reduce over the first dimension, which lies within a thread.
-    m_same = tl.permute(b_block, (1, 0))[:, :, None] == b_block[None, :, :]
-    m_same = m_same & (o_slot[:, None, None] < o_slot[None, None, :])
-    m_block = (b_block >= 0) & (b_block < b_blocks[:, None]) & (tl.reduce(m_same, 0, _or) == 0)
+    m_block = (b_block >= 0) & (b_block < b_blocks[:, None])
+    m_block &= named_before(b_block, o_slot) == 0
     b_row = tl.where(m_block, b_first[:, None] + b_block * select_block_size, -1)
     m_readable = m_block & (b_row + select_block_size <= b_seen[:, None])
     b_readable = tl.max(tl.where(m_readable, b_row, -1), 1)
@@ -176,13 +174,12 @@ def _share_blocks_kernel(
         seen = tl.load(p_upper + i_query, mask=i_query < stop, other=0)
         p_theirs = p_index + tl.minimum(i_query, T - 1).to(tl.int64) * stride_t + o_slot
         b_theirs = tl.load(p_theirs) if N == SLOTS else tl.load(p_theirs, mask=o_slot < N, other=-1)
-        m_chose = tl.reduce(b_theirs[:, None, None] == b_block[None, :, :], 0, _or)
-        m_chose = m_chose & (b_start < seen)
+        m_chose = any_of(b_theirs[:, None, None] == b_block[None, :, :]) & (b_start < seen)
         b_queries |= tl.where(m_chose, 1 << i_other, 0)
         b_least = tl.minimum(b_least, tl.where(m_chose, seen, LARGEST))
         b_end = tl.maximum(b_end, tl.where(m_chose, seen, 0))
     m_whole = b_row + select_block_size <= b_least
-    m_shared = m_block & ((_ones(b_queries) >= LEAST) | (m_whole == 0))
+    m_shared = m_block & ((count_bits(b_queries) >= LEAST) | (m_whole == 0))
     # Of the queries that share a block, the first one lists it.
     m_listed = m_shared & ((b_queries & ((1 << o_member) - 1)[:, None]) == 0)
     m_front = m_listed & m_whole & EVEN
@@ -217,17 +214,3 @@ def _store(p_tile, b_tile, m_tile):
     """
     p_tile, b_tile, m_tile = p_tile.trans(1, 0), b_tile.trans(1, 0), m_tile.trans(1, 0)
     tl.store(p_tile, b_tile, mask=m_tile)
-
-
-@triton.jit
-def _or(a, b):
-    return a | b
-
-
-@triton.jit
-def _ones(b_bits):
-    """How many of the lowest 16 bits are set."""
-    b_bits -= (b_bits >> 1) & 0x5555
-    b_bits = (b_bits & 0x3333) + ((b_bits >> 2) & 0x3333)
-    b_bits = (b_bits + (b_bits >> 4)) & 0x0F0F
-    return (b_bits + (b_bits >> 8)) & 0x1F
