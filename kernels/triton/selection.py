@@ -494,14 +494,14 @@ def _top_blocks_kernel(
             b_taken = _as_bits(b_ranks >= low)
         if count > wanted:
             b_equal = _as_bits(b_ranks == low)
-            b_first, total, most = _firsts(b_equal)
+            b_first, total, most = _firsts(b_equal, CHUNKS)
             for passed in range(most):
                 _, o_place = _lowest(b_equal, b_first, passed)
                 b_bit = b_equal & -b_equal
                 b_taken = tl.where(o_place < equals, b_taken, b_taken & ~b_bit)
                 b_equal ^= b_bit
             equals -= total
-        b_first, total, most = _firsts(b_taken)
+        b_first, total, most = _firsts(b_taken, CHUNKS)
         for passed in range(most):
             o_bit, o_place = _lowest(b_taken, b_first, passed)
             o_taken = o_bit // ALIGNED * (LANES * ALIGNED) + o_bit % ALIGNED
@@ -519,15 +519,16 @@ def _as_bits(m_block):
 
 
 @triton.jit
-def _firsts(b_bits):
+def _firsts(b_bits, CHUNKS: tl.constexpr):
     """Where each lane's bits go if all lanes' are counted in the order of their blocks.
 
-    `[4, LANES]`: of each chunk of four bits, the place of its first bit less how many lower ones
-    the lane has; chunks 0 to 3 in the lower halves, 4 to 7 in the upper ones. Then how many bits
-    there are, and the most that any lane has.
+    `[at most 4, LANES]`: of each chunk of four bits, the place of its first bit less how many lower
+    ones the lane has; chunks 0 to 3 in the lower halves, 4 to 7 in the upper ones. Then how many
+    bits there are, and the most that any lane has.
     """
     b_counts = count_bits_of_four(b_bits)
-    b_counts = (b_counts[None, :] >> (4 * tl.arange(0, 4))[:, None]) & 0x000F000F
+    o_chunk = tl.arange(0, min(CHUNKS, 4))
+    b_counts = (b_counts[None, :] >> (4 * o_chunk)[:, None]) & 0x000F000F
     b_total = tl.sum(b_counts, 1)[:, None]
     b_others = b_total - b_counts
     b_first = tl.cumsum(b_counts, 1) - b_counts + tl.cumsum(b_others, 0) - b_others
@@ -544,7 +545,8 @@ def _lowest(b_bits, b_first, passed):
     """Each lane's lowest bit, after `passed` lower ones: its number and its place."""
     b_float = (b_bits & -b_bits).to(tl.float32)
     o_bit = ((b_float.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
-    m_chunk = tl.arange(0, 4)[:, None] == (o_bit // 4 % 4)[None, :]
+    CHUNKS: tl.constexpr = b_first.shape[0]
+    m_chunk = tl.arange(0, CHUNKS)[:, None] == (o_bit // 4 % CHUNKS)[None, :]
     b_place = tl.sum(tl.where(m_chunk, b_first, 0), 0)
     return o_bit, (tl.where(o_bit < 16, b_place, b_place >> 16) & 0xFFFF) + passed
 
