@@ -318,8 +318,7 @@ def _fill_kernel(
     """One program: one part's entries in the lists of one batch and KV head.
 
     `offsets` serves as the program's own cursors. A query names no block twice, so its slots do not
-    meet; the barrier lets the next query see how far they moved. What does not depend on cursors is
-    read one query ahead.
+    meet; the barrier lets the next query see how far they moved.
     """
     parts = tl.cdiv(num_queries, part)
     i_part = tl.program_id(0) % parts
@@ -330,23 +329,16 @@ def _fill_kernel(
     p_offsets = offsets + i_part.to(tl.int64) * bins + i_bin * blocks
     p_starts = starts + i_bin * blocks
     stop = tl.minimum((i_part + 1) * part, num_queries)
-    p_sequence = sequence + i_batch * stride_bounds + first_query
-    p_rows = rows + ((i_batch * T + first_query) * HK + i_kv) * n + o_slot
-    i_query = i_part * part
-    b_row = tl.load(p_rows + i_query.to(tl.int64) * HK * n, mask=o_slot < n, other=-1)
-    b_block = block_number(b_row, tl.load(p_sequence + i_query), select_block_size)
-    b_start = tl.load(p_starts + b_block, mask=b_row >= 0, other=0)
     for i_query in range(i_part * part, stop):
-        i_next = tl.minimum(i_query + 1, stop - 1)
-        b_next = tl.load(p_rows + i_next.to(tl.int64) * HK * n, mask=o_slot < n, other=-1)
-        i_sequence = tl.load(p_sequence + i_next)
+        b_sequence = tl.load(sequence + i_batch * stride_bounds + first_query + i_query)
+        o_row = ((i_batch * T + first_query + i_query) * HK + i_kv) * n + o_slot
+        b_row = tl.load(rows + o_row, mask=o_slot < n, other=-1)
         m_row = b_row >= 0
+        b_block = block_number(b_row, b_sequence, select_block_size)
         b_offset = tl.load(p_offsets + b_block, mask=m_row, other=0)
-        tl.store(entries + b_start + b_offset, i_query * n + o_slot, mask=m_row)
+        o_entry = tl.load(p_starts + b_block, mask=m_row, other=0) + b_offset
+        tl.store(entries + o_entry, i_query * n + o_slot, mask=m_row)
         tl.store(p_offsets + b_block, b_offset + 1, mask=m_row)
-        b_row = b_next
-        b_block = block_number(b_row, i_sequence, select_block_size)
-        b_start = tl.load(p_starts + b_block, mask=b_row >= 0, other=0)
         tl.debug_barrier()
 
 
