@@ -62,16 +62,18 @@ def interval_attention(
     layout: Layout,
     scale: float,
     most_keys: int | None = None,
+    lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax over each query's interval of key rows. `out [B, T, H, Dv]`, `lse [B, T, H]`.
 
-    No query sees more than `most_keys` rows.
+    No query sees more than `most_keys` rows. A given `lse`, contiguous, is written to.
     """
     B, T, H, Dk = q.shape
     HK, Dv = v.shape[2:]
     G = H // HK
     out = torch.empty((B, T, H, Dv), dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, T, H), dtype=torch.float32, device=q.device)
+    if lse is None:
+        lse = torch.empty((B, T, H), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
     values = hopper_values("hopper_forward", q, k, v) if scale > 0 else None
@@ -147,7 +149,10 @@ def _is_addressable(tensor: Tensor) -> bool:
     return True
 
 
-@triton.jit(do_not_specialize=["T", "tiles", "splits", "stride_bounds"])
+@triton.jit(
+    do_not_specialize=["T", "tiles", "splits", "stride_bounds"],
+    do_not_specialize_on_alignment=["lse"],
+)
 def _interval_forward_kernel(
     q,
     k,

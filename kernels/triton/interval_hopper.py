@@ -85,7 +85,7 @@ def attend(
 _LENGTHS = ["T", "tiles", "total", "stride_bounds", "stride_spans"]
 
 
-@gluon.jit(do_not_specialize=_LENGTHS)
+@gluon.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=["lse"])
 def _hopper_forward_kernel(
     q_main,
     q_rest,

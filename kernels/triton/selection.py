@@ -266,7 +266,7 @@ _LENGTHS = [
 ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=["lse"])
 def _block_scores_kernel(
     q,
     k,
