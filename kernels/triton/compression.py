@@ -19,7 +19,7 @@ from nsa_port.kernels.triton.host import (
 from nsa_port.kernels.triton.tiles import find_interval
 
 _ROWS = 16
-_TOKENS = 32
+_TOKENS = 16
 
 
 def mean_compress(x: Tensor, config: NSAConfig, layout: Layout, num_blocks: int) -> Tensor:
@@ -29,7 +29,9 @@ def mean_compress(x: Tensor, config: NSAConfig, layout: Layout, num_blocks: int)
     """
     with on_device_of(x):
         tokens = min(_TOKENS, next_power_of_2(config.block_size))
-        return _launch(_mean_compress_kernel, x, config, layout, num_blocks, 1, TOKENS=tokens)
+        return _launch(
+            _mean_compress_kernel, x, config, layout, num_blocks, 1, TOKENS=tokens, num_warps=1
+        )
 
 
 def mean_compress_backward(grad: Tensor, config: NSAConfig, layout: Layout) -> Tensor:
@@ -37,7 +39,7 @@ def mean_compress_backward(grad: Tensor, config: NSAConfig, layout: Layout) -> T
     with on_device_of(grad):
         return _launch(
             _mean_compress_backward_kernel, last_contiguous(grad), config, layout, layout.num_keys,
-            _ROWS, ROWS=_ROWS,
+            _ROWS, ROWS=_ROWS, num_warps=4,
         )  # fmt: skip
 
 
@@ -82,7 +84,6 @@ def _launch(
         DIM=D,
         WIDTH=next_power_of_2(D),
         **sizes,
-        num_warps=4,
     )
     return y
 

@@ -85,6 +85,9 @@ def interval_attention(
     config = tuned(arch_of(q), "interval_forward", q.element_size(), Dk, Dv)
     # Few queries, as in decoding: fill the tile with the heads that share these keys instead.
     heads = G if config["BLOCK_M"] >= T * 2 and config["BLOCK_M"] >= G else 1
+    few = config.pop("few_rows", 0), config.pop("few_warps", 0)
+    if heads > 1 and few[0] >= T * G:
+        config["BLOCK_M"], config["num_warps"] = few
     tiles = cut_tiles(T, config["BLOCK_M"] // heads, layout.cu_seqlens)
     programs = tiles.count * B * (H // heads)
     splits = split_keys(programs, k.shape[1], most_keys, out, lse)
