@@ -18,7 +18,7 @@ from nsa_port.kernels.results import WholeForward
 from nsa_port.kernels.triton.bounds import all_bounds
 from nsa_port.kernels.triton.combining import combine
 from nsa_port.kernels.triton.host import last_contiguous, on_device_of
-from nsa_port.kernels.triton.interval import interval_attention
+from nsa_port.kernels.triton.interval import hopper_values, interval_attention
 from nsa_port.kernels.triton.interval_backward import BackwardRows, interval_backward
 from nsa_port.kernels.triton.preparation import gated_rows
 from nsa_port.kernels.triton.replay import repeated
@@ -104,10 +104,19 @@ def _forward(
         o_slc, _ = attend_selected(
             q, k_slc, v_slc, indices, causal, config, layout, scale, lse=lse_slc
         )
-    o_win, _ = interval_attention(
-        q, k_win, v_win, window, layout, scale, config.window_size, lse=lse_win
-    )
-    out = combine(o_cmp, o_slc, o_win, gates)
+    hopper = hopper_values("hopper_forward", q, k_win, v_win) if scale > 0 else None
+    if hopper is not None and q.numel():
+        # Not at the top: Gluon is there for Hopper alone.
+        from nsa_port.kernels.triton.interval_hopper import SumWith, attend
+
+        out, o_win = torch.empty_like(o_cmp), torch.empty_like(o_cmp) if needs_grad else o_cmp
+        sum_with = SumWith(o_cmp, o_slc, gates, out, keep=needs_grad)
+        attend(q, k_win, v_win, window, layout, scale, o_win, lse_win, hopper, sum_with)
+    else:
+        o_win, _ = interval_attention(
+            q, k_win, v_win, window, layout, scale, config.window_size, lse=lse_win
+        )
+        out = combine(o_cmp, o_slc, o_win, gates)
     if not needs_grad:
         o_cmp, o_slc, o_win = (q.new_empty(0) for _ in range(3))
     return out, o_cmp, o_slc, o_win, lse, indices
