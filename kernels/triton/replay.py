@@ -32,9 +32,9 @@ from nsa_port.kernels import tables
 _IS_KNOWN = triton.__version__.startswith("3.6.") and torch.version.cuda is not None
 """Whether this is the Triton, for NVIDIA, whose way to launch a compiled kernel is taken here."""
 
-_MOST_WORKSPACE = 3 * 2**29
-"""Bytes of temporary memory. All of it is held for the whole of a repeated call: calls that need
-more have so much to do that the host's time does not matter."""
+_MOST_ELEMENTS = 2**27
+"""Of the first tensor, say 16k tokens of 64 heads. Larger calls have so much to do that the host's
+time does not matter; and a repeated call holds all of its temporary memory from start to end."""
 
 _MOST_CALLS = 256
 _ALIGNMENT = 256
@@ -76,9 +76,10 @@ def repeated(
 
 
 def _may_repeat(tensor: Tensor) -> bool:
-    """Whether launches are as they are known here, and nobody wants to hear of each."""
+    """Whether launches are as they are known here, nobody wants to hear of each, and it pays."""
     hooks = triton.knobs.runtime.launch_enter_hook
-    return _IS_KNOWN and tensor.is_cuda and not getattr(hooks, "calls", hooks)
+    heard = bool(getattr(hooks, "calls", hooks))
+    return _IS_KNOWN and tensor.is_cuda and not heard and tensor.numel() <= _MOST_ELEMENTS
 
 
 _UNSEEN, _SEEN = object(), object()
@@ -258,8 +259,6 @@ class _Recording(TorchDispatchMode):
             offsets.append(workspace)
             workspace += -(-memory.size // _ALIGNMENT) * _ALIGNMENT
             zeros = workspace if memory.zero else zeros
-        if workspace > _MOST_WORKSPACE:
-            raise _Unrepeatable("too much temporary memory")
         pieces = [(memory, _Place(i, 0)) for i, memory in enumerate(self._given + returned)]
         i_workspace = len(pieces)
         pieces += [
