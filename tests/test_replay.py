@@ -63,14 +63,16 @@ def whole(shape: str, T: int, grad: bool = True, shared: bool = False) -> tuple[
     return (made(T, H), made(C, HK), made(C, HK), k, *others, made(T, HK), made(T, H, 3))
 
 
-def forward(tensors: Any) -> Any:
-    return kernels.nsa_attention(*tensors, CONFIG, Layout(tensors[0].shape[1]), 0.1, True)
+def forward(tensors: tuple[Tensor, ...]) -> Any:
+    run: Any = kernels.nsa_attention
+    return run(*tensors, CONFIG, Layout(tensors[0].shape[1]), 0.1, True)
 
 
-def backward(tensors: Any, saved: Any) -> tuple[Tensor, ...]:
+def backward(tensors: tuple[Tensor, ...], saved: Any) -> tuple[Tensor, ...]:
     grad = torch.empty_like(saved.out)
     layout = Layout(tensors[0].shape[1])
-    return kernels.nsa_attention_backward(grad, *tensors, saved, CONFIG, layout, 0.1)
+    run: Any = kernels.nsa_attention_backward
+    return run(grad, *tensors, saved, CONFIG, layout, 0.1)
 
 
 def pattern() -> list[Any]:
