@@ -78,3 +78,14 @@ def load_keys(p_base, o_row, m_row, DIM: gl.constexpr, LAYOUT: gl.constexpr):
     """The rows at these offsets, those masked out as zeros. `[ROWS, DIM]`."""
     o_column = gl.arange(0, DIM, layout=gl.SliceLayout(0, LAYOUT))
     return gl.load(p_base + o_row[:, None] + o_column[None, :], mask=m_row[:, None], other=0.0)
+
+
+@gluon.jit
+def store_sums(p_base, b_tile, o_row, m_row, ADD: gl.constexpr):
+    """Write rows, or add them to what no other program touches meanwhile."""
+    LAYOUT: gl.constexpr = b_tile.type.layout
+    o_column = gl.arange(0, b_tile.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+    p_tile = p_base + o_row[:, None] + o_column[None, :]
+    if ADD:
+        b_tile += gl.load(p_tile, mask=m_row[:, None], other=0.0)
+    gl.store(p_tile, b_tile, mask=m_row[:, None])

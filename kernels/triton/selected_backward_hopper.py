@@ -26,6 +26,7 @@ from nsa_port.kernels.triton.lists_hopper import (
     load_keys,
     load_work,
     store_partial,
+    store_sums,
 )
 
 BLOCK_N = 64
@@ -52,17 +53,6 @@ def constants(grad_out: Tensor, q: Tensor) -> dict[str, int]:
     close = strides(q)[-1] in (0, key_dim) and strides(grad_out)[-1] in (0, value_dim)
     dims = {"DIM_V": value_dim, "K_REST": key_dim - value_dim}
     return {**dims, "CLOSE": close, "BLOCK_M": _BLOCK_M, "num_warps": 8}
-
-
-@gluon.jit
-def _store_sums(
-    p_base, b_tile, o_row, m_row, ADD: gl.constexpr, DIM: gl.constexpr, LAYOUT: gl.constexpr
-):
-    """Write rows, or add them to what no other program touches meanwhile."""
-    p_tile = p_base + o_row[:, None] + gl.arange(0, DIM, layout=gl.SliceLayout(0, LAYOUT))[None, :]
-    if ADD:
-        b_tile += gl.load(p_tile, mask=m_row[:, None], other=0.0)
-    gl.store(p_tile, b_tile, mask=m_row[:, None])
 
 
 @gluon.jit
@@ -409,18 +399,18 @@ def _by_block_backward_kernel(
         i_kv = (i_bin // blocks % HK).to(gl.int64)
         i_batch = (i_bin // blocks // HK).to(gl.int64)
         o_out = (i_batch * S + o_key) * HK + i_kv
-        _store_sums(dk, b_dk, o_out * DIM_K, m_key, True, MAIN, SUMS)
-        _store_sums(dv, b_dv, o_out * DIM_V, m_key, True, MAIN, SUMS)
+        store_sums(dk, b_dk, o_out * DIM_K, m_key, True)
+        store_sums(dv, b_dv, o_out * DIM_V, m_key, True)
         if K_REST:
             o_out = ((i_batch * S + o_key_rest) * HK + i_kv) * DIM_K
-            _store_sums(dk + MAIN, b_dk_rest, o_out, m_key_rest, True, 64, SUMS_REST)
+            store_sums(dk + MAIN, b_dk_rest, o_out, m_key_rest, True)
     else:
         # Segments of long lists are stored side by side: dk in the first columns, dv after them.
         i_segment = gl.load(long_ends + i_bin) - (gl.load(segment_ends + i_bin) - i_work)
         i_out = (i_segment * PARTS + i_part).to(gl.int64) * BLOCK_N
         o_out = (i_out + o_block) * (DIM_K + DIM_V)
-        _store_sums(partial_dkdv, b_dk, o_out, m_key, False, MAIN, SUMS)
-        _store_sums(partial_dkdv + DIM_K, b_dv, o_out, m_key, False, MAIN, SUMS)
+        store_sums(partial_dkdv, b_dk, o_out, m_key, False)
+        store_sums(partial_dkdv + DIM_K, b_dv, o_out, m_key, False)
         if K_REST:
             o_out = (i_out + o_block_rest) * (DIM_K + DIM_V)
-            _store_sums(partial_dkdv + MAIN, b_dk_rest, o_out, m_key_rest, False, 64, SUMS_REST)
+            store_sums(partial_dkdv + MAIN, b_dk_rest, o_out, m_key_rest, False)
