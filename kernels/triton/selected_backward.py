@@ -224,7 +224,7 @@ def _kernel_for(
         from nsa_port.kernels.triton import selected_backward_wide_hopper as wide
 
         if block_n == wide.BLOCK_N and wide.takes(grad_out, q, v):
-            kernel = wide._wide_by_block_backward_kernel
+            kernel = wide._by_block_backward_kernel
             return kernel, wide.described(*tensors), wide.constants(grad_out, q)
         if block_n == hopper.BLOCK_N and hopper.takes(grad_out, q, v):
             return hopper._by_block_backward_kernel, tensors, hopper.constants(grad_out, q)

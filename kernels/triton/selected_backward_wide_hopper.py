@@ -79,7 +79,7 @@ _LENGTHS = ["first_query", "T", "S", "B", "blocks", "bins", "stride_bounds"]
 
 
 @gluon.jit(do_not_specialize=_LENGTHS)
-def _wide_by_block_backward_kernel(
+def _by_block_backward_kernel(
     grad_tiles,
     q_tiles,
     k,
