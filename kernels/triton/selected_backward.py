@@ -119,14 +119,14 @@ def selected_gradients(
             "SEGMENT": segment,
             "BLOCK_N": block_n,
         }
-        kernel, tensors, constants = _kernel_for(values, block_n, grad_out, q, v)
+        kernel, tensors, constants = _kernel_for(values, block_n, grad_out, q, v, partial_dq)
         for first in range(0, T, chunk):
             count = min(chunk, T - first)
             lists = block_lists(
                 rows, bounds, S, sequences, config.select_block_size, first, count, segment
             )
             kernel[(lists.work * parts,)](
-                *tensors,
+                *tensors[:2],
                 k,
                 v,
                 lse_log2,
@@ -142,7 +142,7 @@ def selected_gradients(
                 lists.segment_ends,
                 lists.work_bins,
                 lists.long_ends,
-                partial_dq,
+                tensors[2],
                 partial_dkdv,
                 dk,
                 dv,
@@ -209,10 +209,15 @@ def selected_gradients(
 
 
 def _kernel_for(
-    values: dict[str, int], block_n: int, grad_out: Tensor, q: Tensor, v: Tensor
-) -> tuple[Any, tuple[Any, Any], dict[str, int]]:
-    """The kernel to run, `grad_out` and `q` as it takes them, and the constants that are its own."""
-    tensors = grad_out, q
+    values: dict[str, int],
+    block_n: int,
+    grad_out: Tensor,
+    q: Tensor,
+    v: Tensor,
+    partial_dq: Tensor,
+) -> tuple[Any, tuple[Any, Any, Any], dict[str, int]]:
+    """The kernel to run, `grad_out, q, partial_dq` as it takes them, and its own constants."""
+    tensors = grad_out, q, partial_dq
     if values.get("gluon") and HAS_HOPPER_GLUON:
         # Not at the top: Gluon is there for Hopper alone.
         from nsa_port.kernels.triton import selected_backward_hopper as hopper
@@ -220,7 +225,7 @@ def _kernel_for(
 
         if block_n == wide.BLOCK_N and wide.takes(grad_out, q, v):
             kernel = wide._by_block_backward_kernel
-            return kernel, wide.described(grad_out, q, v), wide.constants(grad_out, q)
+            return kernel, wide.described(*tensors), wide.constants(grad_out, q)
         if block_n == hopper.BLOCK_N and hopper.takes(grad_out, q, v):
             return hopper._by_block_backward_kernel, tensors, hopper.constants(grad_out, q)
     dims = split_arguments(split_head(q.shape[-1]), split_head(v.shape[-1]))

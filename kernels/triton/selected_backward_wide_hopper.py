@@ -46,12 +46,19 @@ def takes(grad_out: Tensor, q: Tensor, v: Tensor) -> bool:
     return is_addressable(grad_out) and is_addressable(q)
 
 
-def described(grad_out: Tensor, q: Tensor, v: Tensor) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """`grad_out` and `q` as what is copied at a time: 64 columns of the heads of one query."""
-    group = q.shape[2] // v.shape[2]
-    grad_tiles, q_tiles = describe(grad_out, 1, 64, group), describe(q, 1, 64, group)
-    assert grad_tiles is not None and q_tiles is not None
-    return grad_tiles, q_tiles
+def described(
+    grad_out: Tensor, q: Tensor, partial_dq: Tensor
+) -> tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor]:
+    """The tensors as what is copied at a time: 64 columns of one query's heads, or partial `dq`."""
+    G, Dk = partial_dq.shape[-2:]
+    partials = partial_dq.view(-1, G, Dk)
+    shape = list(partials.shape)
+    layout = gl.NVMMASharedLayout(128, 16, rank=3)
+    return (
+        describe(grad_out, 1, 64, G),
+        describe(q, 1, 64, G),
+        TensorDescriptor(partials, shape, [G * Dk, Dk, 1], [1, G, 64], layout),
+    )
 
 
 def constants(grad_out: Tensor, q: Tensor) -> dict[str, int]:
@@ -66,26 +73,6 @@ def constants(grad_out: Tensor, q: Tensor) -> dict[str, int]:
         "num_warps": 4,
         "maxnreg": 128,
     }
-
-
-@gluon.constexpr_function
-def _out_layout(rows):
-    """Of 64 columns of `dq`, or of their transpose: 16 bytes of a row are a lane's."""
-    if rows < 64:
-        return gl.DistributedLinearLayout(
-            reg_bases=[[1, 0], [2, 0], [4, 0], [0, 16]],
-            lane_bases=[[8, 0], [0, 1], [0, 2], [0, 4], [0, 8]],
-            warp_bases=[[16, 0], [32, 0]],
-            block_bases=[],
-            shape=[64, 32],
-        )
-    return gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [0, 4], [0, 32], [8, 0]],
-        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0]],
-        block_bases=[],
-        shape=[64, 64],
-    )
 
 
 _LENGTHS = ["first_query", "T", "S", "B", "blocks", "bins", "stride_bounds"]
@@ -110,7 +97,7 @@ def _by_block_backward_kernel(
     segment_ends,
     work_bins,
     long_ends,
-    partial_dq,
+    partial_tiles,
     partial_dkdv,
     dk,
     dv,
@@ -181,23 +168,25 @@ def _by_block_backward_kernel(
     # arrived in the place of the latter.
     filled = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], FLAT)
     free = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], FLAT)
+    used = gl.allocate_shared_memory(gl.int64, [STAGES, 1], FLAT)
     for i_stage in gl.static_range(STAGES):
         # Each lane of the fetching warp says so of what it copied itself, the TMA of its part.
         mbarrier.init(filled.index(i_stage), count=33)
         mbarrier.init(filled.index(STAGES + i_stage), count=33)
+        mbarrier.init(used.index(i_stage), count=1)
     for i_stage in gl.static_range(2 * STAGES):
         mbarrier.init(free.index(i_stage), count=1)
     fence_async_shared()
 
     buffers = (s_q, s_q_rest, s_grad, s_lse, s_delta, s_gate, s_upper)
-    barriers = (filled, free)
+    barriers = (filled, free, used)
     where = (i_batch, i_kv, i_part, count, first_query, B, HK)
     p_entries = entries + start
     gl.warp_specialize(
         [
             (
                 _multiply,
-                ((s_k, s_k_rest, s_v, s_ds), buffers, barriers, partial_dq, B, k, v, gate, rows, sequence, cu_keys,
+                ((s_k, s_k_rest, s_v, s_ds), buffers, barriers, k, v, gate, rows, sequence, cu_keys,
                  entries, starts, counts, segment_ends, work_bins, long_ends, partial_dkdv, dk, dv,
                  scale_log2, scale, first_query, T, S, HK, blocks, bins, stride_bounds,
                  stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
@@ -213,9 +202,14 @@ def _by_block_backward_kernel(
                 _fetch_gradients,
                 (grad_tiles, delta, p_entries, buffers, barriers, where, T, G, SLOTS, STAGES),
             ),
+            (
+                _take_away,
+                (partial_tiles, p_entries, buffers, barriers, where, G, SLOTS, PARTS, STAGES,
+                 K_REST),
+            ),
         ],
-        [1, 1],
-        [24, 24],
+        [1, 1, 1],
+        [24, 24, 24],
     )  # fmt: skip
 
 
@@ -226,6 +220,15 @@ def _pieces(s_rows, G: gl.constexpr):
     COUNT: gl.constexpr = s_rows.shape[1] // 64 * (ROWS // G)
     PIECE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=4)
     return s_rows._reinterpret(s_rows.dtype, [COUNT, 1, 1, G, 64], PIECE)
+
+
+@gluon.jit
+def _entries(p_entries, i_entry, count, QUERIES: gl.constexpr):
+    """A tile's entries, those past the list's end being its last."""
+    entries = ()
+    for i_piece in gl.static_range(QUERIES):
+        entries += (gl.load(p_entries + gl.minimum(i_entry + i_piece, count - 1)),)
+    return entries
 
 
 @gluon.jit
@@ -248,7 +251,7 @@ def _fetch_queries(
 ):  # fmt: skip
     """A fetching warp: fill each stage with rows of `q`, and what the scores need, once free."""
     s_q, s_q_rest, _, s_lse, _, s_gate, s_upper = buffers
-    filled, free = barriers
+    filled, free, _ = barriers
     i_batch, i_kv, _, count, first_query, _, _ = where
     ROWS: gl.constexpr = s_q.shape[1]
     DIM_V: gl.constexpr = s_q.shape[2]
@@ -297,7 +300,7 @@ def _fetch_gradients(
 ):  # fmt: skip
     """A fetching warp: fill each stage with rows of `grad_out` and their `delta`, once free."""
     s_grad, s_delta = buffers[2], buffers[4]
-    filled, free = barriers
+    filled, free, _ = barriers
     i_batch, i_kv, _, count, first_query, _, _ = where
     ROWS: gl.constexpr = s_grad.shape[1]
     DIM_V: gl.constexpr = s_grad.shape[2]
@@ -322,8 +325,46 @@ def _fetch_gradients(
 
 
 @gluon.jit
+def _take_away(
+    partial_tiles, p_entries, buffers, barriers, where, G: gl.constexpr, SLOTS: gl.constexpr,
+    PARTS: gl.constexpr, STAGES: gl.constexpr, K_REST: gl.constexpr,
+):  # fmt: skip
+    """The warp that copies each tile's `dq` to the places of its entries' slots."""
+    s_grad, s_q_rest = buffers[2], buffers[1]
+    _, free, used = barriers
+    i_batch, i_kv, i_part, count, _, B, HK = where
+    ROWS: gl.constexpr = s_grad.shape[1]
+    DIM_V: gl.constexpr = s_grad.shape[2]
+    QUERIES: gl.constexpr = ROWS // G
+    i_stage, parity = 0, 0
+    for i_entry in range(0, count, QUERIES):
+        tile_entries = _entries(p_entries, i_entry, count, QUERIES)
+        mbarrier.wait(used.index(i_stage), parity)
+        for i_piece in gl.static_range(QUERIES):
+            if i_entry + i_piece < count:
+                entry = tile_entries[i_piece]
+                i_out = (entry // SLOTS * B + i_batch) * HK + i_kv
+                i_out = (i_out * SLOTS + entry % SLOTS) * PARTS + i_part
+                for panel in gl.static_range(DIM_V // 64):
+                    s_piece = _pieces(s_grad.index(i_stage), G).index(panel * QUERIES + i_piece)
+                    s_piece = s_piece.reshape((1, G, 64))
+                    tma.async_copy_shared_to_global(partial_tiles, [i_out, 0, panel * 64], s_piece)
+                for panel in gl.static_range(K_REST // 64):
+                    s_piece = _pieces(s_q_rest.index(i_stage), G).index(panel * QUERIES + i_piece)
+                    s_piece = s_piece.reshape((1, G, 64))
+                    tma.async_copy_shared_to_global(
+                        partial_tiles, [i_out, 0, DIM_V + panel * 64], s_piece
+                    )
+        tma.store_wait(0)
+        mbarrier.arrive(free.index(STAGES + i_stage), count=1)
+        if K_REST:
+            mbarrier.arrive(free.index(i_stage), count=1)
+        i_stage, parity = next_stage(i_stage, parity, STAGES)
+
+
+@gluon.jit
 def _multiply(
-    keys, buffers, barriers, partial_dq, B, k, v, gate, rows, sequence, cu_keys, entries,
+    keys, buffers, barriers, k, v, gate, rows, sequence, cu_keys, entries,
     starts, counts, segment_ends, work_bins, long_ends, partial_dkdv, dk, dv, scale_log2, scale,
     first_query, T, S, HK, blocks, bins, stride_bounds,
     stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
@@ -333,7 +374,7 @@ def _multiply(
 ):  # fmt: skip
     """The multiplying warps: `dk` and `dv` of a segment, and `dq` in place of `grad_out`."""
     s_q, s_q_rest, s_grad, s_lse, s_delta, s_gate, s_upper = buffers
-    filled, free = barriers
+    filled, free, used = barriers
     s_k, s_k_rest, s_v, s_ds = keys[0].index(0), keys[1].index(0), keys[2].index(0), keys[3].index(0)
     DTYPE: gl.constexpr = s_k.dtype
     BLOCK_N: gl.constexpr = s_k.shape[0]
@@ -380,50 +421,37 @@ def _multiply(
     b_key = first_key + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, SCORES))
     b_key = gl.where(b_key < stop, b_key, 2147483647)
     i_stage, parity = 0, 0
-    OUT: gl.constexpr = _out_layout(ROWS)
-    OUT_ROW: gl.constexpr = gl.SliceLayout(0 if ROWS < 64 else 1, OUT)
-    stride_slot = PARTS * G * DIM_K
-    stride_out = B * HK * SLOTS * stride_slot
-    p_partial = partial_dq + ((i_batch * HK + i_kv) * SLOTS * PARTS + i_part) * (G * DIM_K)
-    p_partial += gl.arange(0, ROWS, OUT_ROW) % G * DIM_K
-    mbarrier.wait(filled.index(0), 0)
-    t_s = _start_scores(s_k, s_k_rest, s_q.index(0), s_q_rest.index(0), b_zeros, K_REST)
-    b_s = warpgroup_mma_wait(0, deps=[t_s])
-    for i_entry in range(0, count, ROWS // G):
-        # 0, which the compiler does not know: it would keep the addresses of all parts of these
-        # in registers.
+    for _ in range(gl.cdiv(count, ROWS // G)):
+        s_q_tile, s_grad_tile = s_q.index(i_stage), s_grad.index(i_stage)
+        s_q_end = s_q_rest.index(i_stage)
         zero = i_stage // STAGES
-        s_k, s_k_rest = keys[0].index(zero), keys[1].index(zero)
-        s_v, s_ds = keys[2].index(zero), keys[3].index(zero)
-        s_q_tile, s_q_end = s_q.index(i_stage), s_q_rest.index(i_stage)
-        s_grad_tile = s_grad.index(i_stage)
-        next, next_parity = next_stage(i_stage, parity, STAGES)
+        s_k, s_k_rest, s_v, s_ds = keys[0].index(zero), keys[1].index(zero), keys[2].index(zero), keys[3].index(zero)
+        mbarrier.wait(filled.index(i_stage), parity)
+        # [BLOCK_N, ROWS]
+        t_s = warpgroup_mma(s_k, s_q_tile.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
+        if K_REST:
+            t_s = warpgroup_mma(s_k_rest, s_q_end.permute((1, 0)), t_s, is_async=True)
         mbarrier.wait(filled.index(STAGES + i_stage), parity)
         t_dp = warpgroup_mma(
             s_v, s_grad_tile.permute((1, 0)), b_zeros, use_acc=False, is_async=True
         )
+        b_s = warpgroup_mma_wait(1, deps=[t_s])
         b_lse = s_lse.index(i_stage).load(OF_ROW)
         b_upper = s_upper.index(i_stage).load(OF_ROW)
         b_p = gl.exp2(b_s * scale_log2 - b_lse[None, :])
         b_p = gl.where(b_key[:, None] < b_upper[None, :], b_p, 0.0)
         if gate is not None:
             b_p *= s_gate.index(i_stage).load(OF_ROW)[None, :]
-        b_left = gl.convert_layout(b_p.to(DTYPE), gl.DotOperandLayout(0, SUMS, 2))
-        t_dv = warpgroup_mma(b_left, s_grad_tile, b_dv, is_async=True)
-        b_dp = warpgroup_mma_wait(1, deps=[t_dp])
+        b_p_left = gl.convert_layout(b_p.to(DTYPE), gl.DotOperandLayout(0, SUMS, 2))
+        t_dv = warpgroup_mma(b_p_left, s_grad_tile, b_dv, is_async=True)
         b_delta = s_delta.index(i_stage).load(OF_ROW) * scale
+        b_dp = warpgroup_mma_wait(1, deps=[t_dp])
         b_ds = (b_p * (b_dp * scale - b_delta[None, :])).to(DTYPE)
         s_ds.store(b_ds)
+        # All warps have used the tile's rows of `grad_out`, which make room for those of `dq`.
         b_dv = warpgroup_mma_wait(0, deps=[t_dv])
         fence_async_shared()
         gl.thread_barrier()
-        mbarrier.arrive(free.index(STAGES + i_stage), count=1)
-        o_entry = i_entry + gl.arange(0, ROWS, OUT_ROW) // G
-        b_entry = gl.load(p_entries + gl.minimum(o_entry, count - 1))
-        o_out = (b_entry // SLOTS).to(gl.int64) * stride_out + b_entry % SLOTS * stride_slot
-        p_out = p_partial + o_out
-        m_out = o_entry < count
-        # 64 columns at a time: all at once would not fit in the registers.
         t_dq = _start_dq(s_k.slice(0, 64, dim=1), s_ds)
         b_left = gl.convert_layout(b_ds, gl.DotOperandLayout(0, SUMS, 2))
         t_dk = warpgroup_mma(b_left, s_q_tile, b_dk, is_async=True)
@@ -431,33 +459,29 @@ def _multiply(
             b_left = gl.convert_layout(b_ds, gl.DotOperandLayout(0, SUMS_REST, 2))
             t_dk_rest = warpgroup_mma(b_left, s_q_end, b_dk_rest, is_async=True)
             b_dq = warpgroup_mma_wait(2, deps=[t_dq])
-            _store_dq(p_out, m_out, b_dq, ROWS, OUT)
+            _store_dq(s_grad_tile.slice(0, 64, dim=1), b_dq)
             t_dq = _start_dq(s_k.slice(64, 64, dim=1), s_ds)
             t_dq_rest = _start_dq(s_k_rest, s_ds)
-            b_dk, b_dk_rest, b_dq, b_dq_rest = warpgroup_mma_wait(
-                0, deps=[t_dk, t_dk_rest, t_dq, t_dq_rest]
-            )
-        elif DIM_V > 64:
-            b_dq = warpgroup_mma_wait(1, deps=[t_dq])
-            _store_dq(p_out, m_out, b_dq, ROWS, OUT)
-            t_dq = _start_dq(s_k.slice(64, 64, dim=1), s_ds)
-            b_dk, b_dq = warpgroup_mma_wait(0, deps=[t_dk, t_dq])
+            b_dk, b_dk_rest, b_dq = warpgroup_mma_wait(1, deps=[t_dk, t_dk_rest, t_dq])
+            _store_dq(s_grad_tile.slice(64, 64, dim=1), b_dq)
+            b_dq = warpgroup_mma_wait(0, deps=[t_dq_rest])
+            gl.thread_barrier()
+            _store_dq(s_q_end, b_dq)
         else:
-            b_dk, b_dq = warpgroup_mma_wait(0, deps=[t_dk, t_dq])
-        # Rounded at once, which frees registers.
-        b_dq = b_dq.to(DTYPE)
-        if K_REST:
-            b_dq_rest = b_dq_rest.to(DTYPE)
+            b_dq = warpgroup_mma_wait(1, deps=[t_dq])
+            _store_dq(s_grad_tile.slice(0, 64, dim=1), b_dq)
+            if DIM_V > 64:
+                t_dq = _start_dq(s_k.slice(64, 64, dim=1), s_ds)
+                b_dk, b_dq = warpgroup_mma_wait(0, deps=[t_dk, t_dq])
+                _store_dq(s_grad_tile.slice(64, 64, dim=1), b_dq)
+            else:
+                b_dk = warpgroup_mma_wait(0, deps=[t_dk])
+        fence_async_shared()
         gl.thread_barrier()
-        mbarrier.arrive(free.index(i_stage), count=1)
-        # Past the last tile there is none to wait for, and what is computed is of no use.
-        mbarrier.wait(filled.index(next), next_parity, pred=i_entry + ROWS // G < count)
-        t_s = _start_scores(s_k, s_k_rest, s_q.index(next), s_q_rest.index(next), b_zeros, K_REST)
-        _store_dq(p_out + (DIM_V - 64), m_out, b_dq, ROWS, OUT)
-        if K_REST:
-            _store_dq(p_out + DIM_V, m_out, b_dq_rest, ROWS, OUT)
-        b_s = warpgroup_mma_wait(0, deps=[t_s])
-        i_stage, parity = next, next_parity
+        mbarrier.arrive(used.index(i_stage), count=1)
+        if not K_REST:
+            mbarrier.arrive(free.index(i_stage), count=1)
+        i_stage, parity = next_stage(i_stage, parity, STAGES)
 
     # Found again rather than kept in registers all along.
     i_bin, _, _, total = load_work(i_work, starts, counts, segment_ends, work_bins, bins, SEGMENT)
@@ -487,15 +511,6 @@ def _multiply(
 
 
 @gluon.jit
-def _start_scores(s_k, s_k_rest, s_q, s_q_rest, b_zeros, K_REST: gl.constexpr):
-    """Start `k @ q.T` of a tile."""
-    t_s = warpgroup_mma(s_k, s_q.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
-    if K_REST:
-        t_s = warpgroup_mma(s_k_rest, s_q_rest.permute((1, 0)), t_s, is_async=True)
-    return t_s
-
-
-@gluon.jit
 def _start_dq(s_k, s_ds):
     """Start `ds.T @ k` of 64 columns; its transpose where that has too few rows for a product."""
     ROWS: gl.constexpr = s_ds.shape[1]
@@ -509,12 +524,9 @@ def _start_dq(s_k, s_ds):
 
 
 @gluon.jit
-def _store_dq(p_out, m_out, b_dq, ROWS: gl.constexpr, OUT: gl.constexpr):
-    """Write what `_start_dq` computed to `p_out` of each row."""
-    b_dq = gl.convert_layout(b_dq.to(p_out.dtype.element_ty), OUT)
-    if ROWS < 64:
-        o_column = gl.arange(0, 64, gl.SliceLayout(1, OUT))[:, None]
-        gl.store(p_out[None, :] + o_column, b_dq, mask=m_out[None, :])
+def _store_dq(s_rows, b_dq):
+    """Put what `_start_dq` computed into rows of shared memory."""
+    if s_rows.shape[0] < 64:
+        s_rows.permute((1, 0)).store(b_dq.to(s_rows.dtype))
     else:
-        o_column = gl.arange(0, 64, gl.SliceLayout(0, OUT))[None, :]
-        gl.store(p_out[:, None] + o_column, b_dq, mask=m_out[:, None])
+        s_rows.store(b_dq.to(s_rows.dtype))
