@@ -69,12 +69,17 @@ def attend_selected(
     config: NSAConfig,
     layout: Layout,
     scale: float,
+    lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`selected_attention` with the causal bounds at hand, on the current device."""
+    """`selected_attention` with the causal bounds at hand, on the current device.
+
+    A given `lse`, contiguous, is written to.
+    """
     B, T, H, Dk = q.shape
     HK, Dv = v.shape[2:]
     out = torch.empty((B, T, H, Dv), dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, T, H), dtype=torch.float32, device=q.device)
+    if lse is None:
+        lse = torch.empty((B, T, H), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
     values = tuned(arch_of(q), "selected_by_block", q.element_size(), Dk, Dv)
@@ -283,7 +288,10 @@ def query_chunk(num_queries: int, bytes_per_query: int) -> int:
     return cdiv(num_queries, cdiv(num_queries, most))
 
 
-@triton.jit(do_not_specialize=["tiles", "splits", "B", "T", "stride_bounds"])
+@triton.jit(
+    do_not_specialize=["tiles", "splits", "B", "T", "stride_bounds"],
+    do_not_specialize_on_alignment=["lse"],
+)
 def _by_query_kernel(
     q,
     k,

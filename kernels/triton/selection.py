@@ -30,6 +30,7 @@ from nsa_port.kernels.triton.host import (
     arch_of,
     cdiv,
     last_contiguous,
+    launch_options,
     next_power_of_2,
     on_device_of,
     split_head,
@@ -48,6 +49,13 @@ _TOP_BLOCKS = (128, 256, 512, 1024, 4096)
 _FEWEST_SLOTS = 16
 """Groups of blocks from which the search starts; with 1 or 2, each lane would hold every block of
 its rows, and LLVM takes minutes, or does not end, over so many registers."""
+
+_FEW_QUERIES = 16
+"""Up to so many, as in decoding, a query's heads are the rows of a tile, not the queries of a head.
+"""
+
+_FEW_HEADS = 32
+"""Larger groups fill a tile either way."""
 
 _ALIGNED = 4
 """A row of scores has a multiple of so many columns, so that they are loaded four at a time."""
@@ -209,6 +217,16 @@ def blocks_of(
     scores = torch.empty(
         (chunk * block_m, B, HK, columns) if scored else (1,), dtype=torch.float32, device=q.device
     )
+    form = {
+        "PER_SELECT": per_select,
+        "PER_COMPRESSED": per_compressed,
+        "FOLDED": folded,
+        "ALIGNED": _ALIGNED,
+        "DIM_K": Dk,
+        "K_MAIN": split_head(Dk).main,
+        "K_REST": split_head(Dk).rest,
+    }
+    few = T <= _FEW_QUERIES and H // HK <= _FEW_HEADS and layout.cu_seqlens is None
     positions_known = layout.cu_seqlens is None and layout.positions is None
     for first_tile in range(0, tiles.count, chunk):
         count = min(chunk, tiles.count - first_tile)
@@ -217,7 +235,32 @@ def blocks_of(
             blocks = max(1, config.num_select_blocks(seen))
             num_compressed = max(1, min(C, config.num_compressed(seen)))
         key_tiles = cdiv(num_compressed, block_n)
-        if scored:
+        if scored and few:
+            _few_scores_kernel[(T * key_tiles * B * HK,)](
+                q,
+                k_cmp,
+                lse,
+                scores,
+                visible.lower,
+                visible.upper,
+                scale * LOG2_E,
+                T,
+                C,
+                B,
+                HK,
+                H // HK,
+                columns,
+                key_tiles,
+                visible.stride,
+                *strides(q),
+                *strides(k_cmp),
+                *strides(lse),
+                HEADS=max(16, next_power_of_2(H // HK)),
+                BLOCK_N=block_n,
+                **form,
+                **launch_options(tuned_scores),
+            )
+        elif scored:
             _block_scores_kernel[(count * key_tiles * B * HK,)](
                 q,
                 k_cmp,
@@ -240,13 +283,7 @@ def blocks_of(
                 *strides(q),
                 *strides(k_cmp),
                 *strides(lse),
-                PER_SELECT=per_select,
-                PER_COMPRESSED=per_compressed,
-                FOLDED=folded,
-                ALIGNED=_ALIGNED,
-                DIM_K=Dk,
-                K_MAIN=split_head(Dk).main,
-                K_REST=split_head(Dk).rest,
+                **form,
                 **tuned_scores,
             )
         found = Scored(
@@ -266,7 +303,7 @@ _LENGTHS = [
 ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=["lse"])
 def _block_scores_kernel(
     q,
     k,
@@ -354,23 +391,122 @@ def _block_scores_kernel(
     o_row = (i_tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     columns = tl.multiple_of(columns, ALIGNED)
     o_out = ((o_row * B + i_batch) * HK + i_kv) * columns
+    _store_scores(
+        scores + o_out, b_probability, m_row, i_key_tile, columns, PER_SELECT, PER_COMPRESSED,
+        FOLDED,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_scores(
+    p_rows, b_probability, m_row, i_key_tile, columns, PER_SELECT: tl.constexpr,
+    PER_COMPRESSED: tl.constexpr, FOLDED: tl.constexpr,
+):  # fmt: skip
+    """Store summed probabilities `[ROWS, BLOCK_N]`, folded into blocks or as they are."""
+    ROWS: tl.constexpr = b_probability.shape[0]
+    BLOCK_N: tl.constexpr = b_probability.shape[1]
     if FOLDED:
         BLOCKS: tl.constexpr = BLOCK_N // PER_SELECT
         o_inside = tl.arange(0, PER_SELECT)
         # Key i overlaps its own block by min(l / d, m / d - i), the next by the rest of l / d.
         own_weight = tl.minimum(PER_SELECT - o_inside, PER_COMPRESSED).to(tl.float32)
-        b_blocks = tl.reshape(b_probability, [BLOCK_M, BLOCKS, PER_SELECT])
+        b_blocks = tl.reshape(b_probability, [ROWS, BLOCKS, PER_SELECT])
         b_own = tl.sum(b_blocks * own_weight[None, None, :], 2)
         b_carried = tl.sum(b_blocks * (PER_COMPRESSED - own_weight)[None, None, :], 2)
         o_block = i_key_tile * BLOCKS + tl.arange(0, BLOCKS)
-        p_out = scores + o_out[:, None] + o_block[None, :]
+        p_out = p_rows[:, None] + o_block[None, :]
         tl.store(p_out, b_own, mask=m_row[:, None] & (o_block < columns // 2)[None, :])
         m_out = m_row[:, None] & (o_block + 1 < columns // 2)[None, :]
         tl.store(p_out + columns // 2 + 1, b_carried, mask=m_out)
     else:
         o_column = i_key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
         m_out = m_row[:, None] & (o_column < columns)[None, :]
-        tl.store(scores + o_out[:, None] + o_column[None, :], b_probability, mask=m_out)
+        tl.store(p_rows[:, None] + o_column[None, :], b_probability, mask=m_out)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "T",
+        "C",
+        "B",
+        "columns",
+        "key_tiles",
+        "stride_bounds",
+        "stride_lb",
+        "stride_lt",
+    ],
+    do_not_specialize_on_alignment=["lse"],
+)
+def _few_scores_kernel(
+    q,
+    k,
+    lse,
+    scores,
+    lower,
+    upper,
+    scale_log2,
+    T,
+    C,
+    B,
+    HK,
+    G,
+    columns,
+    key_tiles,
+    stride_bounds,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_lb,
+    stride_lt,
+    HEADS: tl.constexpr,
+    PER_SELECT: tl.constexpr,
+    PER_COMPRESSED: tl.constexpr,
+    FOLDED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    DIM_K: tl.constexpr,
+    K_MAIN: tl.constexpr,
+    K_REST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DEPTH: tl.constexpr = 0,
+):
+    """One program: what `_block_scores_kernel` does, for one query, whose heads are the rows."""
+    i_query = (tl.program_id(0) // (key_tiles * B * HK)).to(tl.int64)
+    i_key_tile = tl.program_id(0) // (B * HK) % key_tiles
+    i_batch = (tl.program_id(0) // HK % B).to(tl.int64)
+    i_kv = (tl.program_id(0) % HK).to(tl.int64)
+    base = tl.load(lower + i_batch * stride_bounds + i_query) + i_key_tile * BLOCK_N
+    seen = tl.load(upper + i_batch * stride_bounds + i_query) - base
+    if seen <= 0:
+        return
+    o_inside = tl.arange(0, BLOCK_N)
+    o_k = (base + o_inside).to(tl.int64) * stride_ks
+    m_key = o_inside < tl.minimum(seen, C - base)
+    o_head = tl.arange(0, HEADS)
+    m_head = o_head < G
+    p_q = q + i_batch * stride_qb + i_query * stride_qt + i_kv * G * stride_qh
+    p_k = k + i_batch * stride_kb + i_kv * stride_kh
+    b_q = load_rows(p_q, o_head * stride_qh, m_head, 0, K_MAIN, DIM_K, True)
+    b_k = load_rows(p_k, o_k, m_key, 0, K_MAIN, DIM_K, True)
+    b_q_rest, b_k_rest = b_q, b_k
+    if K_REST:
+        b_q_rest = load_rows(p_q, o_head * stride_qh, m_head, K_MAIN, K_REST, DIM_K, True)
+        b_k_rest = load_rows(p_k, o_k, m_key, K_MAIN, K_REST, DIM_K, True)
+    p_lse = lse + i_batch * stride_lb + i_query * stride_lt + i_kv * G + o_head
+    # Heads that do not exist add nothing.
+    b_lse = tl.load(p_lse, mask=m_head, other=float("inf")).to(tl.float32) * LOG2_E_DEVICE
+    # [HEADS, BLOCK_N]
+    b_s = dot_split(b_q, b_q_rest, b_k, b_k_rest, K_REST, DEPTH)
+    b_p = tl.sum(tl.exp2(b_s * scale_log2 - b_lse[:, None]), 0)
+    b_p = tl.where(m_key, b_p, 0.0)
+    columns = tl.multiple_of(columns, ALIGNED)
+    o_row = ((i_query * B + i_batch) * HK + i_kv) * columns + tl.arange(0, 1)
+    _store_scores(
+        scores + o_row, b_p[None, :], o_row >= 0, i_key_tile, columns, PER_SELECT, PER_COMPRESSED,
+        FOLDED,
+    )  # fmt: skip
 
 
 _LENGTHS = ["rows", "first_tile", "T", "B", "columns", "stride_visible", "stride_causal"]

@@ -22,6 +22,9 @@ _FEWEST_KEYS = 128
 _WIDTH = 64
 """Columns that a program merges."""
 
+_PROGRAMS_OF_A_MULTIPROCESSOR = 4
+"""On NVIDIA GPUs, where one program waits for memory more than it works."""
+
 _PROGRAMS_WITHOUT_GPU = 16
 """What fills an interpreter or an emulator; as few as make the small calls of tests split."""
 
@@ -71,7 +74,9 @@ def leaves_idle(programs: int, device: torch.device) -> bool:
 
 
 def _programs_to_fill(device: torch.device) -> int:
-    return _PROGRAMS_WITHOUT_GPU if device.type == "cpu" else multiprocessors(device)
+    if device.type == "cpu":
+        return _PROGRAMS_WITHOUT_GPU
+    return multiprocessors(device) * (1 if torch.version.hip else _PROGRAMS_OF_A_MULTIPROCESSOR)
 
 
 def merge_splits(splits: Splits, out: Tensor, lse: Tensor) -> None:
