@@ -103,8 +103,9 @@ def _block_rows_kernel(
 class BlockLists(NamedTuple):
     """Per block, KV head and batch (a bin), the queries `first_query ..` that chose it.
 
-    A bin is `(batch * HK + kv_head) * blocks + block`; how blocks are numbered, see `block_number`. Long lists are cut into segments of `segment` entries, and one work item is
-    one segment; `work` counts more of them than there are, the surplus having no bin.
+    A bin is `(batch * HK + kv_head) * blocks + block`, the block by its `block_number`. Long lists
+    are cut into segments of `segment` entries, and one work item is one segment; `work` counts more
+    of them than there are, the surplus having no bin.
 
     Args:
         entries: `query * n + slot`, queries counted from `first_query`; int32.

@@ -1,9 +1,9 @@
 """The backward kernel of `selected_backward` for Hopper, for groups of many heads, in Gluon.
 
-What it computes, and its arguments, are those of the Triton kernel `_by_block_backward_kernel`. Two
-programs share a multiprocessor, so that one multiplies while the other takes exponentials. In each,
-a warp brings the rows of the tiles to come and another takes away those of `dq`: the four warps that
-multiply wait for no memory but the one that they share.
+What it computes, and its arguments, are those of the Triton kernel of the same name. Two programs
+share a multiprocessor, so that one multiplies while the other takes exponentials. In each, two
+warps bring rows of `q` and of `grad_out` for the tile after this one, and a third takes away those
+of `dq`: the four warps that multiply wait for nothing but each other and what has arrived.
 
 `s_` names are tiles in shared memory, `t_` products that are still being computed.
 """
@@ -25,14 +25,17 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa_port.kernels.triton.hopper import describe, next_stage
 from nsa_port.kernels.triton.interval import is_addressable
-from nsa_port.kernels.triton.lists_hopper import load_keys, load_work, store_sums
+from nsa_port.kernels.triton.lists_hopper import find_block, load_keys, load_work, store_block
 
 BLOCK_N = 64
 _LEAST_GROUP = 8
-"""Heads lie side by side in shared memory, where 8 rows are the least that can be copied to."""
+"""The heads of a query are copied at a time, to 8 rows of shared memory or a multiple."""
 
 _SHAPES = {(64, 64): (64, 3), (128, 128): (64, 2), (192, 128): (32, 3)}
-"""Key and value dimension -> rows of a tile and how many tiles are in shared memory."""
+"""Key and value dimension -> rows of a tile, and for how many tiles there is room.
+
+As many as two programs' registers and shared memory hold.
+"""
 
 
 def takes(grad_out: Tensor, q: Tensor, v: Tensor) -> bool:
@@ -178,6 +181,7 @@ def _by_block_backward_kernel(
         mbarrier.init(free.index(i_stage), count=1)
     fence_async_shared()
 
+    keys = (s_k, s_k_rest, s_v, s_ds)
     buffers = (s_q, s_q_rest, s_grad, s_lse, s_delta, s_gate, s_upper)
     barriers = (filled, free, used)
     where = (i_batch, i_kv, i_part, count, first_query, B, HK)
@@ -186,12 +190,11 @@ def _by_block_backward_kernel(
         [
             (
                 _multiply,
-                ((s_k, s_k_rest, s_v, s_ds), buffers, barriers, k, v, gate, rows, sequence, cu_keys,
-                 entries, starts, counts, segment_ends, work_bins, long_ends, partial_dkdv, dk, dv,
-                 scale_log2, scale, first_query, T, S, HK, blocks, bins, stride_bounds,
+                (keys, buffers, barriers, k, v, gate, rows, sequence, cu_keys,
+                 starts, counts, segment_ends, work_bins, long_ends, partial_dkdv, dk, dv,
+                 scale_log2, scale, T, S, blocks, bins, stride_bounds,
                  stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-                 i_batch, i_kv, i_part, i_work, p_entries, count,
-                 G, SLOTS, SELECT, PARTS, SEGMENT, STAGES, K_REST),
+                 i_work, p_entries, where, G, SLOTS, SELECT, PARTS, SEGMENT, STAGES, K_REST),
             ),
             (
                 _fetch_queries,
@@ -227,7 +230,8 @@ def _entries(p_entries, i_entry, count, QUERIES: gl.constexpr):
     """A tile's entries, those past the list's end being its last."""
     entries = ()
     for i_piece in gl.static_range(QUERIES):
-        entries += (gl.load(p_entries + gl.minimum(i_entry + i_piece, count - 1)),)
+        entry = gl.load(p_entries + gl.minimum(i_entry + i_piece, count - 1))
+        entries += (entry,)  # type: ignore[assignment]
     return entries
 
 
@@ -364,23 +368,23 @@ def _take_away(
 
 @gluon.jit
 def _multiply(
-    keys, buffers, barriers, k, v, gate, rows, sequence, cu_keys, entries,
+    keys, buffers, barriers, k, v, gate, rows, sequence, cu_keys,
     starts, counts, segment_ends, work_bins, long_ends, partial_dkdv, dk, dv, scale_log2, scale,
-    first_query, T, S, HK, blocks, bins, stride_bounds,
+    T, S, blocks, bins, stride_bounds,
     stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    i_batch, i_kv, i_part, i_work, p_entries, count,
+    i_work, p_entries, where,
     G: gl.constexpr, SLOTS: gl.constexpr, SELECT: gl.constexpr, PARTS: gl.constexpr,
     SEGMENT: gl.constexpr, STAGES: gl.constexpr, K_REST: gl.constexpr,
 ):  # fmt: skip
     """The multiplying warps: `dk` and `dv` of a segment, and `dq` in place of `grad_out`."""
     s_q, s_q_rest, s_grad, s_lse, s_delta, s_gate, s_upper = buffers
     filled, free, used = barriers
-    s_k, s_k_rest, s_v, s_ds = keys[0].index(0), keys[1].index(0), keys[2].index(0), keys[3].index(0)
+    i_batch, i_kv, i_part, count, first_query, _, HK = where
+    s_k, s_k_rest, s_v, s_ds = _operands(keys, 0)
     DTYPE: gl.constexpr = s_k.dtype
     BLOCK_N: gl.constexpr = s_k.shape[0]
     DIM_V: gl.constexpr = s_v.shape[1]
     REST: gl.constexpr = s_k_rest.shape[1]
-    DIM_K: gl.constexpr = DIM_V + K_REST
     ROWS: gl.constexpr = s_q.shape[1]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM_V, 16])
@@ -391,15 +395,10 @@ def _multiply(
 
     i_batch = i_batch.to(gl.int64)
     i_kv = i_kv.to(gl.int64)
-    entry = gl.load(p_entries)
-    i_query = first_query + entry // SLOTS
-    first_key = gl.load(rows + ((i_batch * T + i_query) * HK + i_kv) * SLOTS + entry % SLOTS)
-    if cu_keys is None:
-        stop = S
-    else:
-        i_sequence = gl.load(sequence + i_batch * stride_bounds + i_query)
-        stop = gl.minimum(gl.load(cu_keys + i_sequence + 1), S)
-    stop = gl.minimum(stop, first_key + SELECT)
+    first_key, stop = find_block(
+        p_entries, i_batch, i_kv, rows, sequence, cu_keys, first_query, T, S, HK, stride_bounds,
+        SLOTS, SELECT,
+    )  # fmt: skip
     first_key += i_part * BLOCK_N
     p_k = k + i_batch * stride_kb + i_kv * stride_kh
     p_v = v + i_batch * stride_vb + i_kv * stride_vh
@@ -424,8 +423,9 @@ def _multiply(
     for _ in range(gl.cdiv(count, ROWS // G)):
         s_q_tile, s_grad_tile = s_q.index(i_stage), s_grad.index(i_stage)
         s_q_end = s_q_rest.index(i_stage)
-        zero = i_stage // STAGES
-        s_k, s_k_rest, s_v, s_ds = keys[0].index(zero), keys[1].index(zero), keys[2].index(zero), keys[3].index(zero)
+        # Always 0, which the compiler cannot know: it would compute the addresses of all parts of
+        # these before the loop, and keep them in registers.
+        s_k, s_k_rest, s_v, s_ds = _operands(keys, i_stage // STAGES)
         mbarrier.wait(filled.index(i_stage), parity)
         # [BLOCK_N, ROWS]
         t_s = warpgroup_mma(s_k, s_q_tile.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
@@ -448,10 +448,11 @@ def _multiply(
         b_dp = warpgroup_mma_wait(1, deps=[t_dp])
         b_ds = (b_p * (b_dp * scale - b_delta[None, :])).to(DTYPE)
         s_ds.store(b_ds)
-        # All warps have used the tile's rows of `grad_out`, which make room for those of `dq`.
+        # Behind the barrier, the tile's rows of `grad_out` make room for those of `dq`.
         b_dv = warpgroup_mma_wait(0, deps=[t_dv])
         fence_async_shared()
         gl.thread_barrier()
+        # 64 columns at a time: all at once would not fit in the registers.
         t_dq = _start_dq(s_k.slice(0, 64, dim=1), s_ds)
         b_left = gl.convert_layout(b_ds, gl.DotOperandLayout(0, SUMS, 2))
         t_dk = warpgroup_mma(b_left, s_q_tile, b_dk, is_async=True)
@@ -483,31 +484,17 @@ def _multiply(
             mbarrier.arrive(free.index(i_stage), count=1)
         i_stage, parity = next_stage(i_stage, parity, STAGES)
 
-    # Found again rather than kept in registers all along.
-    i_bin, _, _, total = load_work(i_work, starts, counts, segment_ends, work_bins, bins, SEGMENT)
-    o_block = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, SUMS))
-    o_block_rest = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, SUMS_REST))
-    o_key = gl.convert_layout(b_key, gl.SliceLayout(1, SUMS))
-    o_key_rest = gl.convert_layout(b_key, gl.SliceLayout(1, SUMS_REST))
-    m_key = o_key < 2147483647
-    m_key_rest = o_key_rest < 2147483647
-    if total <= SEGMENT:
-        o_out = (i_batch * S + o_key) * HK + i_kv
-        store_sums(dk, b_dk, o_out * DIM_K, m_key, True)
-        store_sums(dv, b_dv, o_out * DIM_V, m_key, True)
-        if K_REST:
-            o_out = ((i_batch * S + o_key_rest) * HK + i_kv) * DIM_K
-            store_sums(dk + DIM_V, b_dk_rest, o_out, m_key_rest, True)
-    else:
-        # Segments of long lists are stored side by side: dk in the first columns, dv after them.
-        i_segment = gl.load(long_ends + i_bin) - (gl.load(segment_ends + i_bin) - i_work)
-        i_out = (i_segment * PARTS + i_part).to(gl.int64) * BLOCK_N
-        o_out = (i_out + o_block) * (DIM_K + DIM_V)
-        store_sums(partial_dkdv, b_dk, o_out, m_key, False)
-        store_sums(partial_dkdv + DIM_K, b_dv, o_out, m_key, False)
-        if K_REST:
-            o_out = (i_out + o_block_rest) * (DIM_K + DIM_V)
-            store_sums(partial_dkdv + DIM_V, b_dk_rest, o_out, m_key_rest, False)
+    store_block(
+        b_dk, b_dk_rest, b_dv, b_key, i_batch, i_kv, i_part, i_work, starts, counts, segment_ends,
+        work_bins, long_ends, partial_dkdv, dk, dv, S, HK, bins, PARTS, SEGMENT, K_REST,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _operands(keys, i_buffer):
+    """The tiles of `k`, `v` and `ds`, of which there is one each."""
+    s_k, s_k_rest, s_v, s_ds = keys
+    return s_k.index(i_buffer), s_k_rest.index(i_buffer), s_v.index(i_buffer), s_ds.index(i_buffer)
 
 
 @gluon.jit
