@@ -25,7 +25,7 @@ from nsa_port.kernels.triton.host import (
     strides,
     tuned,
 )
-from nsa_port.kernels.triton.splitting import merge_splits, split_keys, split_range
+from nsa_port.kernels.triton.splitting import Merge, merge_splits, split_keys, split_range
 from nsa_port.kernels.triton.tiles import (
     LOG_2,
     dot,
@@ -63,10 +63,12 @@ def interval_attention(
     scale: float,
     most_keys: int | None = None,
     lse: Tensor | None = None,
+    merge: Merge = merge_splits,
 ) -> tuple[Tensor, Tensor]:
     """Softmax over each query's interval of key rows. `out [B, T, H, Dv]`, `lse [B, T, H]`.
 
-    No query sees more than `most_keys` rows. A given `lse`, contiguous, is written to.
+    No query sees more than `most_keys` rows. A given `lse`, contiguous, is written to. Both are
+    there once `merge` has been called and has merged them.
     """
     B, T, H, Dk = q.shape
     HK, Dv = v.shape[2:]
@@ -117,7 +119,7 @@ def interval_attention(
         **split_arguments(split_head(Dk), split_head(Dv)),
         **config,
     )
-    merge_splits(splits, out, lse)
+    merge(splits, out, lse)
     return out, lse
 
 

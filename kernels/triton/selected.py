@@ -37,7 +37,7 @@ from nsa_port.kernels.triton.host import (
 from nsa_port.kernels.triton.interval import hopper_values
 from nsa_port.kernels.triton.lists import block_keys, block_lists, load_work
 from nsa_port.kernels.triton.sharing import COUNTS, FIELDS, most_queries, share_blocks
-from nsa_port.kernels.triton.splitting import merge_splits, split_keys, split_range
+from nsa_port.kernels.triton.splitting import Merge, merge_splits, split_keys, split_range
 from nsa_port.kernels.triton.tiles import LOG2_E as LOG2_E_DEVICE
 from nsa_port.kernels.triton.tiles import LOG_2, dot, dot_split, load_rows, store_rows
 
@@ -70,10 +70,11 @@ def attend_selected(
     layout: Layout,
     scale: float,
     lse: Tensor | None = None,
+    merge: Merge = merge_splits,
 ) -> tuple[Tensor, Tensor]:
     """`selected_attention` with the causal bounds at hand, on the current device.
 
-    A given `lse`, contiguous, is written to.
+    A given `lse`, contiguous, is written to. Results are there once `merge` has merged them.
     """
     B, T, H, Dk = q.shape
     HK, Dv = v.shape[2:]
@@ -85,7 +86,7 @@ def attend_selected(
     values = tuned(arch_of(q), "selected_by_block", q.element_size(), Dk, Dv)
     by_block = values["largest_group"] >= H // HK and values["fewest_queries"] <= T
     least = values["least_sharing"] if by_block else 0
-    own = _by_tile(q, k, v, indices, bounds, config, layout, scale, out, lse, least)
+    own = _by_tile(q, k, v, indices, bounds, config, layout, scale, out, lse, least, merge)
     if by_block:
         _by_block(q, k, v, own, bounds, config, layout, scale, values, out, lse)
     return out, lse
@@ -103,6 +104,7 @@ def _by_tile(
     out: Tensor,
     lse: Tensor,
     leaving: int,
+    merge: Merge,
 ) -> Tensor:
     """Attend by tiles of queries; returns the rows of the blocks that are left, `[B, T, HK, n]`.
 
@@ -175,7 +177,7 @@ def _by_tile(
         OWN_N=own_n,
         **launch_options(values),
     )
-    merge_splits(splits, out, lse)
+    merge(splits, out, lse)
     return shares.own
 
 

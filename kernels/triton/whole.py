@@ -16,7 +16,7 @@ from torch import Tensor
 from nsa_port.kernels.geometry import Layout, NSAConfig
 from nsa_port.kernels.results import WholeForward
 from nsa_port.kernels.triton.bounds import all_bounds
-from nsa_port.kernels.triton.combining import combine
+from nsa_port.kernels.triton.combining import combine, combine_splits
 from nsa_port.kernels.triton.host import last_contiguous, on_device_of
 from nsa_port.kernels.triton.interval import hopper_values, interval_attention
 from nsa_port.kernels.triton.interval_backward import BackwardRows, interval_backward
@@ -25,7 +25,9 @@ from nsa_port.kernels.triton.replay import repeated
 from nsa_port.kernels.triton.selected import attend_selected
 from nsa_port.kernels.triton.selected_backward import selected_gradients
 from nsa_port.kernels.triton.selection import blocks_of
+from nsa_port.kernels.triton.splitting import Splits
 
+_combine = combine
 _FEWEST_DENSE = 16
 """Queries from which on dense attention takes the place of a selection that leaves nothing out."""
 
@@ -98,6 +100,22 @@ def _forward(
     lse_cmp, lse_slc, lse_win = lse.unbind(0)
     o_cmp, _ = interval_attention(q, k_cmp, v_cmp, visible, layout, scale, lse=lse_cmp)
     indices = blocks_of(q, k_cmp, lse_cmp, visible, causal, config, layout, scale)
+    if q.shape[1] < _FEWEST_DENSE and not needs_grad and combine is _combine and q.numel():
+        # Few queries, as in decoding, whose keys are split: merged in one go with the gated sum.
+        parts: list[tuple[Splits, Tensor, Tensor]] = []
+
+        def later(*part: Any) -> None:
+            parts.append(part)
+
+        attend_selected(
+            q, k_slc, v_slc, indices, causal, config, layout, scale, lse=lse_slc, merge=later
+        )
+        interval_attention(
+            q, k_win, v_win, window, layout, scale, config.window_size, lse=lse_win, merge=later
+        )
+        slc, win = parts
+        out = combine_splits(o_cmp, slc, win, gates)
+        return out, *(q.new_empty(0) for _ in range(3)), lse, indices
     if _all_are_chosen(q, config, layout):
         o_slc, _ = interval_attention(q, k_slc, v_slc, causal, layout, scale, lse=lse_slc)
     else:
