@@ -55,9 +55,11 @@ def _largest_dims(head_dim: int) -> tuple[int, int]:
     return head_dim, 128 if head_dim == 192 else head_dim
 
 
-def launch(kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, T: int = 320) -> None:
+def launch(
+    kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, T: int = 320, G: int = 16
+) -> None:
     """A call that launches a tuned kernel; the contents of the tensors do not matter."""
-    G = 4 if kernel == "selected_by_block" else 16
+    G = 4 if kernel == "selected_by_block" else G
     T = max(T, LEAST_LENGTHS.get(kernel, 0))
     C = CONFIG.num_compressed(T)
 
@@ -101,6 +103,15 @@ def test_every_tuned_entry_fits_its_architecture(
     if table == "sm_90":  # where ptxas is known to lose what sets a descriptor of wgmma
         assert not reads_before_writes(build.binary)
         assert build.uses_wgmma == ("exact_dims" in row), "wgmma where it should be, only there"
+
+
+@pytest.mark.parametrize("group", [1, 4, 8, 32])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128)], ids=str)
+def test_gradients_of_other_groups_fit_hopper(group: int, dims: tuple[int, int]) -> None:
+    with compiling_for("sm_90", only=FUNCTIONS["selected_backward"]) as builds:
+        launch("selected_backward", *dims, torch.bfloat16, G=group)
+    (build,) = builds
+    assert build.stack <= A_FEW_SCALARS and not reads_before_writes(build.binary)
 
 
 ODD_DIMENSIONS = [(35, 35), (40, 24), (80, 96)]
