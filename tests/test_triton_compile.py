@@ -33,7 +33,7 @@ A_FEW_SCALARS = 32
 WORKERS = {"hopper_selected": 4}
 """Warps that such a kernel has besides those that it is launched with, where not 8."""
 
-LEAST_LENGTHS = {"selected_by_block": 1024, "block_scores": 1100}
+LEAST_LENGTHS = {"selected_by_block": 1024, "block_scores": 1100, "hopper_scores": 1100}
 """What some kernels take from some length on only. Nothing is scored where all is chosen."""
 
 LEAST_SHARED_MEMORY = 99 * 1024
@@ -75,7 +75,7 @@ def launch(
         kernels.compressed_attention(q, k_cmp, v_cmp, *tail)
     elif kernel in ("interval_dq", "interval_dkdv", "hopper_dq", "hopper_dkdv"):
         kernels.compressed_attention_backward(out, None, q, k_cmp, v_cmp, out, lse, *tail)
-    elif kernel == "block_scores":
+    elif kernel in ("block_scores", "hopper_scores"):
         kernels.select_blocks(q, k_cmp, lse, *tail)
     elif kernel == "selected_backward":
         kernels.selected_attention_backward(out, None, q, k, v, indices, out, lse, *tail)

@@ -37,6 +37,7 @@ from nsa_port.kernels.triton.host import (
     strides,
     tuned,
 )
+from nsa_port.kernels.triton.interval import hopper_values
 from nsa_port.kernels.triton.tiles import (
     LARGEST,
     count_bits,
@@ -203,8 +204,16 @@ def blocks_of(
         return indices
     tuned_scores = tuned(arch_of(q), "block_scores", q.element_size(), Dk)
     block_m, block_n = tuned_scores["BLOCK_M"], tuned_scores["BLOCK_N"]
-    tiles = cut_tiles(T, block_m, layout.cu_seqlens)
     blocks = max(1, config.num_select_blocks(layout.num_keys))
+    hopper = hopper_values("hopper_scores", q, k_cmp)
+    if hopper is not None:
+        from nsa_port.kernels.triton import selection_hopper
+
+        if selection_hopper.takes(q, k_cmp, blocks):
+            block_m, block_n = selection_hopper.BLOCK_M, selection_hopper.BLOCK_N
+        else:
+            hopper = None
+    tiles = cut_tiles(T, block_m, layout.cu_seqlens)
     # Where all blocks fit, all candidates are chosen: nothing is scored and every score reads as 0.
     scored = C > 0 and blocks > n
 
@@ -223,10 +232,13 @@ def blocks_of(
         "PER_COMPRESSED": per_compressed,
         "FOLDED": folded,
         "ALIGNED": ALIGNED.value,
-        "DIM_K": Dk,
         "K_MAIN": split_head(Dk).main,
         "K_REST": split_head(Dk).rest,
     }
+    if hopper is not None and scored:
+        described = selection_hopper.describe_tiles(q, k_cmp)
+        lse = lse.float().contiguous()
+        counters = torch.zeros((cdiv(tiles.count, chunk), 4), dtype=torch.int32, device=q.device)
     few = T <= _FEW_QUERIES and H // HK <= _FEW_HEADS and layout.cu_seqlens is None
     positions_known = layout.cu_seqlens is None and layout.positions is None
     for first_tile in range(0, tiles.count, chunk):
@@ -236,7 +248,12 @@ def blocks_of(
             blocks = max(1, config.num_select_blocks(seen))
             num_compressed = max(1, min(C, config.num_compressed(seen)))
         key_tiles = cdiv(num_compressed, block_n)
-        if scored and few:
+        if scored and hopper is not None:
+            selection_hopper.write_scores(
+                described, lse, scores, counters[first_tile // chunk], tiles, visible, scale,
+                columns, (first_tile, count, key_tiles), k_cmp.shape, form, hopper,
+            )  # fmt: skip
+        elif scored and few:
             _few_scores_kernel[(T * key_tiles * B * HK,)](
                 q,
                 k_cmp,
@@ -258,6 +275,7 @@ def blocks_of(
                 *strides(lse),
                 HEADS=max(16, next_power_of_2(H // HK)),
                 BLOCK_N=block_n,
+                DIM_K=Dk,
                 **form,
                 **launch_options(tuned_scores),
             )
@@ -284,6 +302,7 @@ def blocks_of(
                 *strides(q),
                 *strides(k_cmp),
                 *strides(lse),
+                DIM_K=Dk,
                 **form,
                 **tuned_scores,
             )

@@ -83,11 +83,19 @@ KERNELS: dict[str, Kernel] = {
         {},
         along_with={"selected_by_block": {"largest_group": 0}},
     ),
+    "hopper_scores": Kernel(
+        "_hopper_scores_kernel",
+        ("select",),
+        {"num_stages": (3, 4), "key_stages": (3, 4)},
+        {},
+        keys_alone=True,
+    ),
     "block_scores": Kernel(
         "_block_scores_kernel",
         ("select",),
         {"BLOCK_M": (64, 128), "BLOCK_N": (64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)},
         {"BLOCK_M": (32, 64, 128), "BLOCK_N": (64, 128), "num_warps": (4, 8)} | _AMD,
+        along_with={"hopper_scores": {"fewest_queries": _ALWAYS}},
         keys_alone=True,
     ),
     "selected_by_query": Kernel(
