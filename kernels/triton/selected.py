@@ -77,6 +77,8 @@ def attend_selected(
     lse = torch.empty((B, T, H), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
+    if _by_block_hopper(q, k, v, indices, bounds, config, layout, scale, out, lse):
+        return out, lse
     values = tuned(arch_of(q), "selected_by_block", q.element_size(), Dk, Dv)
     by_block = values["largest_group"] >= H // HK and values["fewest_queries"] <= T
     least = values["least_sharing"] if by_block else 0
@@ -172,6 +174,58 @@ def _by_tile(
     )
     merge_splits(splits, out, lse)
     return shares.own
+
+
+def _by_block_hopper(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    bounds: QueryBounds,
+    config: NSAConfig,
+    layout: Layout,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> bool:
+    """Attend by block with the kernels written for Hopper; False where they do not take this."""
+    values = hopper_values("hopper_by_block", q, k, v) if scale > 0 else None
+    if values is None:
+        return False
+    # Not at the top: Gluon is there for Hopper alone.
+    from nsa_port.kernels.triton import selected_by_block_tma, selected_merge_hopper
+
+    B, T, H, _ = q.shape
+    S, HK, Dv = v.shape[1:]
+    G, m, n = H // HK, config.select_block_size, config.num_selected
+    heads = next_power_of_2(G)
+    if not 4 <= heads <= 16 or m != selected_by_block_tma.SELECT:
+        return False
+    if T < values[f"fewest_queries_{heads}"]:
+        return False
+    size = 64 // heads
+    tiles = cut_tiles(T, size, layout.cu_seqlens)
+    shares = share_blocks(indices, bounds, m, tiles, size, values[f"least_sharing_{heads}"], True)
+    # Whole tiles, as far as these do not belong to packed sequences.
+    chunk = cdiv(query_chunk(T, B * HK * heads * n * (Dv * q.element_size() + 4)), size) * size
+    shape = (B, HK, chunk, n, heads)
+    partial_out = torch.empty((*shape, Dv), dtype=q.dtype, device=q.device)
+    partial_lse = torch.empty(shape, dtype=torch.float32, device=q.device)
+    sequences = 1 if layout.cu_seqlens is None else layout.cu_seqlens.shape[0] - 1
+    key_sequences = 1 if layout.cu_seqlens_k is None else layout.cu_seqlens_k.shape[0] - 1
+    for first in range(0, T, chunk):
+        count = min(chunk, T - first)
+        lists = block_lists(
+            shares.own, bounds, S, key_sequences, m, first, count, values["segment"]
+        )
+        selected_by_block_tma.attend(
+            q, k, v, shares.own, lists, first, partial_out, partial_lse, scale, heads, values
+        )
+        selected_merge_hopper.attend(
+            q, k, v, shares, tiles, sequences, bounds, first, first + count - 1, partial_out,
+            partial_lse, scale, heads, out, lse, values,
+        )  # fmt: skip
+    return True
 
 
 def _by_block(
