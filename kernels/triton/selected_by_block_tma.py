@@ -297,13 +297,13 @@ def _consume(
     row: gl.constexpr = gl.SliceLayout(1, by_key)
     LAYOUT: gl.constexpr = layout_of_partials(HEADS, V_MAIN)
     i_stage, parity, i_keys, keys_parity = WHO, 0, 0, 0
-    # How many tiles of an item go before the first one of this warpgroup.
-    before = WHO
     o_row = gl.arange(0, 64, row)
     o_query = gl.arange(0, QUERIES, gl.SliceLayout(1, LAYOUT))
     o_inside = gl.arange(0, HEADS * V_MAIN, gl.SliceLayout(0, LAYOUT))
     p_item = items + gl.program_id(0) * 4
     i_group, start, count = gl.load(p_item + 1), gl.load(p_item + 2), gl.load(p_item + 3)
+    # Tiles of the items before.
+    done = 0
     for i_work in range(gl.program_id(0), work, gl.num_programs(0)):
         p_item = items + gl.minimum(i_work + gl.num_programs(0), work - 1) * 4
         next_group, next_start = gl.load(p_item + 1), gl.load(p_item + 2)
@@ -313,12 +313,15 @@ def _consume(
             i_first = i_group.to(gl.int64) * queries * SLOTS
             p_out = partial_out + i_first * (HEADS * V_MAIN)
             p_lse = partial_lse + i_first * HEADS
-            tiles = (count + QUERIES - 1) // QUERIES
+            tiles = gl.cdiv(count, QUERIES)
             mbarrier.wait(k_ready.index(i_keys), keys_parity)
             b_k = k_buffer.index(i_keys).permute((1, 0))
             b_k_rest = k_rest_buffer.index(i_keys).permute((1, 0))
             b_v = v_buffer.index(i_keys)
-            for i_tile in range(before, tiles, 2):
+            # Not the start of the loop: the compiler overlooks there that `done` changes.
+            before = (done + WHO) & 1
+            for i_mine in range((tiles - before + 1) // 2):
+                i_tile = 2 * i_mine + before
                 o_entry = i_tile * QUERIES + o_row // HEADS
                 b_entry = gl.load(p_entries + gl.minimum(o_entry, count - 1))
                 o_listed = i_tile * QUERIES + o_query
@@ -353,5 +356,5 @@ def _consume(
                 parity = gl.where(m_wrap, parity ^ 1, parity)
             mbarrier.arrive(k_ready.index(KEY_STAGES + i_keys), count=1)
             i_keys, keys_parity = next_stage(i_keys, keys_parity, KEY_STAGES)
-            before = (before + tiles) & 1
+        done += gl.cdiv(count, QUERIES)
         i_group, start, count = next_group, next_start, next_count
