@@ -218,6 +218,7 @@ def _by_block_hopper(
         lists = block_lists(
             shares.own, bounds, S, key_sequences, m, first, count, values["segment"]
         )
+        partial_lse.fill_(float("-inf"))
         selected_by_block_tma.attend(
             q, k, v, shares.own, lists, first, partial_out, partial_lse, scale, heads, values
         )

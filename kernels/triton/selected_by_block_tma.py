@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton.experimental.gluon as gluon
 import triton.experimental.gluon.language as gl
 from torch import Tensor
+from triton import constexpr_function
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
@@ -87,6 +88,7 @@ def attend(
         V_MAIN=value.main,
         STAGES=values["row_stages"],
         KEY_STAGES=values["key_stages"],
+        EXP=values.get("exp", 0),
         num_warps=4,
     )
 
@@ -124,7 +126,7 @@ def _hopper_by_block_kernel(
     q, q_main, q_rest, k_main, k_rest, v_main, items, entries, partial_out, partial_lse, scale_log2,
     work, first_query, queries, HK, G, stride_qb, stride_qt, stride_qh,
     SLOTS: gl.constexpr, HEADS: gl.constexpr, K_MAIN: gl.constexpr, K_REST: gl.constexpr,
-    V_MAIN: gl.constexpr, STAGES: gl.constexpr, KEY_STAGES: gl.constexpr,
+    V_MAIN: gl.constexpr, STAGES: gl.constexpr, KEY_STAGES: gl.constexpr, EXP: gl.constexpr,
 ):  # fmt: skip
     """One program of as many as the device has multiprocessors: every so manieth work item.
 
@@ -164,17 +166,17 @@ def _hopper_by_block_kernel(
             (
                 _consume,
                 (buffers, ready, lists, results,
-                 0, SLOTS, HEADS, K_REST, V_MAIN, STAGES, KEY_STAGES),
+                 0, SLOTS, HEADS, K_REST, V_MAIN, STAGES, KEY_STAGES, EXP),
             ),
             (
                 _consume,
                 (buffers, ready, lists, results,
-                 1, SLOTS, HEADS, K_REST, V_MAIN, STAGES, KEY_STAGES),
+                 1, SLOTS, HEADS, K_REST, V_MAIN, STAGES, KEY_STAGES, EXP),
             ),
             (
                 _fetch,
                 (buffers, ready, lists, rows, keys,
-                 SLOTS, HEADS, K_MAIN, K_REST, V_MAIN, STAGES, KEY_STAGES),
+                 SLOTS, HEADS, K_MAIN, K_REST, V_MAIN, STAGES, KEY_STAGES, EXP),
             ),
         ],
         [4, 1 if HEADS >= 8 else 4],
@@ -196,7 +198,7 @@ def _load_entries(p_entries, i_entry, last, COUNT: gl.constexpr):
 def _fetch(
     buffers, ready, lists, rows, keys,
     SLOTS: gl.constexpr, HEADS: gl.constexpr, K_MAIN: gl.constexpr, K_REST: gl.constexpr,
-    V_MAIN: gl.constexpr, STAGES: gl.constexpr, KEY_STAGES: gl.constexpr,
+    V_MAIN: gl.constexpr, STAGES: gl.constexpr, KEY_STAGES: gl.constexpr, EXP: gl.constexpr,
 ):  # fmt: skip
     """The fetching warps: fill every buffer as soon as it is free."""
     q_buffer, q_rest_buffer, k_buffer, k_rest_buffer, v_buffer = buffers
@@ -206,6 +208,8 @@ def _fetch(
     k_main, k_rest, v_main = keys
     QUERIES: gl.constexpr = 64 // HEADS
     DIM: gl.constexpr = K_MAIN + K_REST
+    LANES: gl.constexpr = _lanes(K_MAIN)
+    REST_LANES: gl.constexpr = _lanes(K_REST if K_REST else K_MAIN)
     i_stage, parity, i_keys, keys_parity = 0, 1, 0, 1
     p_item = items + gl.program_id(0) * 4
     i_row, i_group = gl.load(p_item), gl.load(p_item + 1)
@@ -249,41 +253,47 @@ def _fetch(
             else:
                 p_q = q + i_batch.to(gl.int64) * stride_qb + first_query.to(gl.int64) * stride_qt
                 p_q += i_kv * G * stride_qh
+                o_entry = gl.arange(0, 64, gl.SliceLayout(1, LANES)) // HEADS
+                b_entry = gl.load(p_entries + gl.minimum(o_entry, count - 1))
                 for i_entry in range(0, count, QUERIES):
+                    o_next = i_entry + QUERIES + o_entry
+                    b_next = gl.load(p_entries + gl.minimum(o_next, count - 1))
                     mbarrier.wait(q_ready.index(STAGES + i_stage), parity)
-                    _copy_rows(q_buffer.index(i_stage), p_q, p_entries, i_entry, count, stride_qt,
-                               stride_qh, G, SLOTS, HEADS)  # fmt: skip
+                    _copy_rows(q_buffer.index(i_stage), p_q, b_entry, stride_qt, stride_qh, G,
+                               SLOTS, HEADS)  # fmt: skip
                     if K_REST:
-                        _copy_rows(q_rest_buffer.index(i_stage), p_q + K_MAIN, p_entries, i_entry,
-                                   count, stride_qt, stride_qh, G, SLOTS, HEADS)  # fmt: skip
+                        b_entry = gl.convert_layout(b_entry, gl.SliceLayout(1, REST_LANES))
+                        _copy_rows(q_rest_buffer.index(i_stage), p_q + K_MAIN, b_entry, stride_qt,
+                                   stride_qh, G, SLOTS, HEADS)  # fmt: skip
+                    b_entry = b_next
                     async_copy.mbarrier_arrive(q_ready.index(i_stage), increment_count=False)
                     i_stage, parity = next_stage(i_stage, parity, STAGES)
         i_row, i_group, start, count = next_row, next_group, next_start, next_count
 
 
+@constexpr_function
+def _lanes(width):
+    """How four warps copy `[64, width]`, 16 bytes a thread."""
+    return gl.BlockedLayout([1, 8], [256 // width, width // 8], [4, 1], [1, 0])
+
+
 @gluon.jit
 def _copy_rows(
-    s_rows, p_base, p_entries, i_entry, count, stride_t, stride_h, G, SLOTS: gl.constexpr,
-    HEADS: gl.constexpr,
+    s_rows, p_base, b_entry, stride_t, stride_h, G, SLOTS: gl.constexpr, HEADS: gl.constexpr
 ):  # fmt: skip
-    """Start copying rows, or the first columns of rows, of a tile's entries, 16 bytes a thread."""
-    DIM: gl.constexpr = s_rows.shape[1]
-    LANES: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
-    o_row = gl.arange(0, 64, gl.SliceLayout(1, LANES))
-    o_entry = gl.minimum(i_entry + o_row // HEADS, count - 1)
-    o_query = (gl.load(p_entries + o_entry) // SLOTS).to(gl.int64) * stride_t
-    o_query += gl.minimum(o_row % HEADS, G - 1) * stride_h
-    o_column = gl.arange(0, DIM, gl.SliceLayout(0, LANES))
-    async_copy.async_copy_global_to_shared(
-        s_rows, p_base + o_query[:, None] + o_column[None, :]
-    )
+    """Start copying rows, or the first columns of rows, of the entries `b_entry [64]`."""
+    LANES: gl.constexpr = _lanes(s_rows.shape[1])
+    o_member = gl.arange(0, 64, gl.SliceLayout(1, LANES)) % HEADS
+    o_query = (b_entry // SLOTS).to(gl.int64) * stride_t + gl.minimum(o_member, G - 1) * stride_h
+    o_column = gl.arange(0, s_rows.shape[1], gl.SliceLayout(0, LANES))
+    async_copy.async_copy_global_to_shared(s_rows, p_base + o_query[:, None] + o_column[None, :])
 
 
 @gluon.jit
 def _consume(
     buffers, ready, lists, results,
     WHO: gl.constexpr, SLOTS: gl.constexpr, HEADS: gl.constexpr, K_REST: gl.constexpr,
-    V_MAIN: gl.constexpr, STAGES: gl.constexpr, KEY_STAGES: gl.constexpr,
+    V_MAIN: gl.constexpr, STAGES: gl.constexpr, KEY_STAGES: gl.constexpr, EXP: gl.constexpr,
 ):  # fmt: skip
     """A multiplying warpgroup: every second tile of all that the program works on."""
     q_buffer, q_rest_buffer, k_buffer, k_rest_buffer, v_buffer = buffers
@@ -348,8 +358,15 @@ def _consume(
                 b_out *= gl.convert_layout(1.0 / b_sum, gl.SliceLayout(1, by_value))[:, None]
                 b_out = to_partials(b_out.to(dtype), HEADS, LAYOUT)
                 o_out = b_listed.to(gl.int64) * (HEADS * V_MAIN)
-                gl.store(p_out + o_out[:, None] + o_inside[None, :], b_out,
-                         mask=(o_listed < count)[:, None])  # fmt: skip
+                if EXP == 0:
+                    gl.store(p_out + o_out[:, None] + o_inside[None, :], b_out,
+                             mask=(o_listed < count)[:, None])  # fmt: skip
+                if EXP == 1:
+                    gl.store(p_out + o_out[:, None] + o_inside[None, :], b_out,
+                             mask=(o_listed < count)[:, None], cache_modifier=".cs")  # fmt: skip
+                if EXP == 2:
+                    gl.store(p_out + o_out[:, None] + o_inside[None, :], b_out,
+                             mask=(o_listed < count - 1000)[:, None])  # fmt: skip
                 i_stage += 2
                 m_wrap = i_stage >= STAGES
                 i_stage = gl.where(m_wrap, WHO, i_stage)

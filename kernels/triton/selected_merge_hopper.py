@@ -16,7 +16,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from nsa_port.kernels.tables import Values
 from nsa_port.kernels.triton.bounds import QueryBounds, Tiles
 from nsa_port.kernels.triton.hopper import copy_tile, describe_heads, next_stage
-from nsa_port.kernels.triton.host import LOG2_E, cdiv, multiprocessors, split_head
+from nsa_port.kernels.triton.host import LOG2_E, multiprocessors, next_power_of_2, split_head
 from nsa_port.kernels.triton.partials_hopper import from_partials, layout_of_partials
 from nsa_port.kernels.triton.selected_hopper import SELECT, attend_shared, fetch_shared, tile_at
 from nsa_port.kernels.triton.sharing import SharedBlocks
@@ -74,7 +74,6 @@ def attend(
         tiles.stop,
         shares.shared,
         shares.counts,
-        shares.own,
         bounds.lower,
         bounds.upper,
         out,
@@ -93,6 +92,7 @@ def attend(
         chunk,
         bounds.stride,
         SLOTS=n,
+        WIDTH_SLOTS=max(8, next_power_of_2(n)),
         HEADS=heads,
         K_MAIN=key.main,
         K_REST=key.rest,
@@ -111,10 +111,10 @@ def attend(
 )  # fmt: skip
 def _hopper_merge_kernel(
     q_main, q_rest, k_main, k_rest, v_main, partials, partial_lse, tile_first, tile_stop, shared,
-    counts, own, lower, upper, out, lse, scale_log2, T, HK, G, kept, tiles, first_tile, some_tiles,
+    counts, lower, upper, out, lse, scale_log2, T, HK, G, kept, tiles, first_tile, some_tiles,
     total, first_query, end_query, chunk, stride_bounds,
-    SLOTS: gl.constexpr, HEADS: gl.constexpr, K_MAIN: gl.constexpr, K_REST: gl.constexpr,
-    V_MAIN: gl.constexpr, STAGES: gl.constexpr,
+    SLOTS: gl.constexpr, WIDTH_SLOTS: gl.constexpr, HEADS: gl.constexpr, K_MAIN: gl.constexpr,
+    K_REST: gl.constexpr, V_MAIN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One program of a few per multiprocessor: every so manieth tile."""
     dtype: gl.constexpr = out.dtype.element_ty
@@ -142,14 +142,14 @@ def _hopper_merge_kernel(
     buffers = (q_buffer, q_rest_buffer, k_buffer, k_rest_buffer, v_buffer)
     ready = (q_ready, k_ready, v_ready)
     where = (tile_first, tile_stop, T, HK, tiles, first_tile, some_tiles, first_query, end_query)
-    lists = (shared, counts, own, kept)
+    lists = (shared, counts, kept)
     results = (out, lse, lower, upper, stride_bounds)
     gl.warp_specialize(
         [
             (
                 _consume,
                 (buffers, ready, where, lists, results, partial_lse, scale_log2, G, total, chunk,
-                 SLOTS, HEADS, K_MAIN, K_REST, V_MAIN, STAGES),
+                 SLOTS, WIDTH_SLOTS, HEADS, K_MAIN, K_REST, V_MAIN, STAGES),
             ),
             (
                 _fetch,
@@ -174,6 +174,13 @@ def _locate(i_work, where, SIZE: gl.constexpr):
 
 
 @gluon.jit
+def _load_counts(counts, i_shares):
+    """A tile's shared blocks that all who chose them see to the end, all shared ones, own ones."""
+    p_counts = counts + i_shares * 3
+    return gl.load(p_counts), gl.load(p_counts + 1), gl.load(p_counts + 2)
+
+
+@gluon.jit
 def _fetch(
     q_main, q_rest, k_main, k_rest, v_main, partials, buffers, ready, where, lists, G, total, chunk,
     HEADS: gl.constexpr, K_MAIN: gl.constexpr, K_REST: gl.constexpr, V_MAIN: gl.constexpr,
@@ -182,20 +189,24 @@ def _fetch(
     """The fetching warp: fill every buffer as soon as it is free."""
     q_buffer, q_rest_buffer, k_buffer, k_rest_buffer, v_buffer = buffers
     q_ready, k_ready, v_ready = ready
-    shared, counts, own, kept = lists
+    shared, counts, kept = lists
     HK, first_query = where[3], where[7]
     QUERIES: gl.constexpr = 64 // HEADS
     ROWS: gl.constexpr = HEADS * V_MAIN // 256
     flat: gl.constexpr = gl.NVMMASharedLayout(0, 16, rank=4)
     dtype: gl.constexpr = q_buffer.dtype
     i_stage, parity, q_parity = 0, 1, 1
+    i_shares, i_batch, i_kv, first, stop = _locate(gl.program_id(0), where, QUERIES)
+    _, shared_count, own_count = _load_counts(counts, i_shares)
+    i_row = gl.load(shared + i_shares * kept * 3)
     for i_work in range(gl.program_id(0), total, gl.num_programs(0)):
-        i_shares, i_batch, i_kv, first, stop = _locate(i_work, where, QUERIES)
+        # The next tile's, so that nobody waits for them.
+        i_next = gl.minimum(i_work + gl.num_programs(0), total - 1)
+        next_shares, next_batch, next_kv, next_first, next_stop = _locate(i_next, where, QUERIES)
+        _, next_shared, next_own = _load_counts(counts, next_shares)
+        next_row = gl.load(shared + next_shares * kept * 3)
         if first < stop:
-            shared_count = gl.load(counts + i_shares * 3 + 1)
-            own_count = gl.load(counts + i_shares * 3 + 2)
             p_shared = shared + i_shares * kept * 3
-            i_row = gl.load(p_shared)
             mbarrier.wait(q_ready.index(1), q_parity)
             q_parity ^= 1
             filled = q_ready.index(0)
@@ -226,19 +237,23 @@ def _fetch(
                 )
                 mbarrier.arrive(filled, count=1, pred=i_slot + 1 >= own_count)
                 i_stage, parity = next_stage(i_stage, parity, STAGES)
+        i_shares, i_batch, i_kv, first, stop = (
+            next_shares, next_batch, next_kv, next_first, next_stop
+        )  # fmt: skip
+        shared_count, own_count, i_row = next_shared, next_own, next_row
 
 
 @gluon.jit
 def _consume(
     buffers, ready, where, lists, results, partial_lse, scale_log2, G, total, chunk,
-    SLOTS: gl.constexpr, HEADS: gl.constexpr, K_MAIN: gl.constexpr, K_REST: gl.constexpr,
-    V_MAIN: gl.constexpr, STAGES: gl.constexpr,
+    SLOTS: gl.constexpr, WIDTH_SLOTS: gl.constexpr, HEADS: gl.constexpr, K_MAIN: gl.constexpr,
+    K_REST: gl.constexpr, V_MAIN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The multiplying warpgroup."""
     _, _, k_buffer, _, v_buffer = buffers
     q_ready, k_ready, v_ready = ready
     out, lse, lower, upper, stride_bounds = results
-    shared, counts, own, kept = lists
+    shared, counts, kept = lists
     T, HK, first_query, end_query = where[2], where[3], where[7], where[8]
     dtype: gl.constexpr = out.dtype.element_ty
     QUERIES: gl.constexpr = 64 // HEADS
@@ -246,42 +261,51 @@ def _consume(
     row: gl.constexpr = gl.SliceLayout(1, by_value)
     LAYOUT: gl.constexpr = layout_of_partials(HEADS, V_MAIN)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    by_slot: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH_SLOTS, 16])
+    slot_row: gl.constexpr = gl.SliceLayout(1, by_slot)
+    o_slot = gl.arange(0, WIDTH_SLOTS, gl.SliceLayout(0, by_slot))
+    o_row = gl.arange(0, 64, row)
+    o_head = o_row % HEADS
     i_stage, parity, q_parity = 0, 0, 0
+    i_shares, i_batch, i_kv, first, stop = _locate(gl.program_id(0), where, QUERIES)
+    whole_count, shared_count, own_count = _load_counts(counts, i_shares)
     for i_work in range(gl.program_id(0), total, gl.num_programs(0)):
-        i_shares, i_batch, i_kv, first, stop = _locate(i_work, where, QUERIES)
+        i_next = gl.minimum(i_work + gl.num_programs(0), total - 1)
+        next_shares, next_batch, next_kv, next_first, next_stop = _locate(i_next, where, QUERIES)
+        next_whole, next_shared, next_own = _load_counts(counts, next_shares)
         if first < stop:
-            whole_count = gl.load(counts + i_shares * 3)
-            shared_count = gl.load(counts + i_shares * 3 + 1)
-            own_count = gl.load(counts + i_shares * 3 + 2)
             p_shared = shared + i_shares * kept * 3
             p_upper = upper + i_batch.to(gl.int64) * stride_bounds
-            o_row = gl.arange(0, 64, row)
             o_query = first + o_row // HEADS
-            o_head = o_row % HEADS
             m_query = (o_query < stop) & (o_query >= first_query) & (o_query < end_query)
-            o_result = (i_batch.to(gl.int64) * T + o_query) * HK + i_kv
-            p_own = own + o_result * SLOTS
-            i_group = (i_batch * HK + i_kv).to(gl.int64)
-            o_lse = (i_group * chunk + o_query - first_query) * (SLOTS * HEADS) + o_head
-            b_own = gl.load(p_own, mask=m_query, other=-1)
-            b_lse = gl.load(partial_lse + o_lse, mask=m_query, other=0.0)
-            mbarrier.wait(q_ready.index(0), q_parity)
+            o_lse = (i_batch * HK + i_kv).to(gl.int64) * chunk + o_query - first_query
+            o_lse = gl.convert_layout(o_lse * (SLOTS * HEADS) + o_head, slot_row)
+            m_lse = gl.convert_layout(m_query, slot_row)[:, None] & (o_slot < SLOTS)[None, :]
+            p_lse = partial_lse + o_lse[:, None] + (o_slot * HEADS)[None, :]
+            b_lse = gl.load(p_lse, mask=m_lse, other=float("-inf"))
+            # The condition always holds. It is there because the compiler takes what a loop carries,
+            # and uses for nothing but the bounds of loops in it, for constant.
+            m_any = (whole_count | shared_count | own_count) >= 0
+            mbarrier.wait(q_ready.index(0), q_parity, pred=m_any)
             q_parity ^= 1
             largest, total_sum, accumulator, i_stage, parity = attend_shared(
                 buffers, ready, p_shared, whole_count, shared_count, p_upper, first, stop,
                 scale_log2, i_stage, parity, HEADS, K_REST, V_MAIN, STAGES,
             )  # fmt: skip
             mbarrier.arrive(q_ready.index(1), count=1)
-            running_max = gl.convert_layout(largest * scale_log2, row)
-            running_sum = gl.convert_layout(total_sum, row)
+            # What each slot weighs next to the others and to the shared blocks, -inf being none.
+            largest = gl.convert_layout(largest * scale_log2, slot_row)
+            final_max = gl.maximum(largest, gl.max(b_lse, 1))
+            shift = gl.where(final_max == float("-inf"), 0.0, final_max)
+            b_weight = gl.exp2(b_lse - shift[:, None])
+            decay = gl.exp2(largest - shift)
+            final_sum = gl.convert_layout(total_sum, slot_row) * decay + gl.sum(b_weight, 1)
+            accumulator *= gl.convert_layout(decay, row)[:, None]
             for i_pair in range(0, own_count, 2):
                 for half in gl.static_range(2):
-                    i_slot = i_pair + half
-                    m_chose = (b_own >= 0) & (i_slot < own_count)
-                    b_this = b_lse
-                    i_next = gl.minimum(i_slot + 1, SLOTS - 1)
-                    b_own = gl.load(p_own + i_next, mask=m_query, other=-1)
-                    b_lse = gl.load(partial_lse + o_lse + i_next * HEADS, mask=m_query, other=0.0)
+                    m_slot = (o_slot == i_pair + half)[None, :]
+                    weight = gl.sum(gl.where(m_slot, b_weight, 0.0), 1)
+                    weight = gl.convert_layout(weight, row)[:, None]
                     buffer = k_buffer if half == 0 else v_buffer
                     barriers = k_ready if half == 0 else v_ready
                     mbarrier.wait(barriers.index(i_stage), parity)
@@ -292,17 +316,13 @@ def _consume(
                     # What was read must have arrived before the copy engine may write there.
                     fence_async_shared()
                     mbarrier.arrive(barriers.index(STAGES + i_stage), count=1)
-                    next_max = gl.where(m_chose, gl.maximum(running_max, b_this), running_max)
-                    shift = gl.where(next_max == float("-inf"), 0.0, next_max)
-                    decay = gl.exp2(running_max - shift)
-                    weight = gl.where(m_chose, gl.exp2(b_this - shift), 0.0)
-                    running_max = next_max
-                    running_sum = running_sum * decay + weight
                     # What no one left there may be anything.
-                    b_out = gl.where(m_chose[:, None], b_out.to(gl.float32), 0.0)
-                    accumulator = accumulator * decay[:, None] + b_out * weight[:, None]
+                    accumulator += gl.where(weight > 0.0, b_out.to(gl.float32), 0.0) * weight
                 i_stage, parity = next_stage(i_stage, parity, STAGES)
 
+            running_max = gl.convert_layout(final_max, row)
+            running_sum = gl.convert_layout(final_sum, row)
+            o_result = (i_batch.to(gl.int64) * T + o_query) * HK + i_kv
             m_row = m_query & (o_head < G)
             # Queries that see nothing may hold anything, NaN too.
             b_upper = gl.load(p_upper + o_query, mask=m_query, other=0)
@@ -318,3 +338,7 @@ def _consume(
             o_column = gl.arange(0, V_MAIN, gl.SliceLayout(0, by_value))
             p_out = out + o_out[:, None] * V_MAIN + o_column[None, :]
             gl.store(p_out, b_out, mask=m_row[:, None])
+        i_shares, i_batch, i_kv, first, stop = (
+            next_shares, next_batch, next_kv, next_first, next_stop
+        )  # fmt: skip
+        whole_count, shared_count, own_count = next_whole, next_shared, next_own
