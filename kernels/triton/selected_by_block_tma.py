@@ -88,6 +88,7 @@ def attend(
         V_MAIN=value.main,
         STAGES=values["row_stages"],
         KEY_STAGES=values["key_stages"],
+        WORKERS=values["workers"],
         EXP=values.get("exp", 0),
         num_warps=4,
     )
@@ -126,7 +127,8 @@ def _hopper_by_block_kernel(
     q, q_main, q_rest, k_main, k_rest, v_main, items, entries, partial_out, partial_lse, scale_log2,
     work, first_query, queries, HK, G, stride_qb, stride_qt, stride_qh,
     SLOTS: gl.constexpr, HEADS: gl.constexpr, K_MAIN: gl.constexpr, K_REST: gl.constexpr,
-    V_MAIN: gl.constexpr, STAGES: gl.constexpr, KEY_STAGES: gl.constexpr, EXP: gl.constexpr,
+    V_MAIN: gl.constexpr, STAGES: gl.constexpr, KEY_STAGES: gl.constexpr, WORKERS: gl.constexpr,
+    EXP: gl.constexpr,
 ):  # fmt: skip
     """One program of as many as the device has multiprocessors: every so manieth work item.
 
@@ -152,7 +154,7 @@ def _hopper_by_block_kernel(
         mbarrier.init(q_ready.index(STAGES + i_barrier), count=1)
     for i_barrier in gl.static_range(KEY_STAGES):
         mbarrier.init(k_ready.index(i_barrier), count=1)
-        mbarrier.init(k_ready.index(KEY_STAGES + i_barrier), count=2)
+        mbarrier.init(k_ready.index(KEY_STAGES + i_barrier), count=WORKERS)
     fence_async_shared()
 
     buffers = (q_buffer, q_rest_buffer, k_buffer, k_rest_buffer, v_buffer)
@@ -161,27 +163,55 @@ def _hopper_by_block_kernel(
     rows = (q, q_main, q_rest, first_query, HK, G, stride_qb, stride_qt, stride_qh)
     keys = (k_main, k_rest, v_main)
     results = (partial_out, partial_lse, scale_log2)
-    gl.warp_specialize(
-        [
-            (
-                _consume,
-                (buffers, ready, lists, results,
-                 0, SLOTS, HEADS, K_REST, V_MAIN, STAGES, KEY_STAGES, EXP),
-            ),
-            (
-                _consume,
-                (buffers, ready, lists, results,
-                 1, SLOTS, HEADS, K_REST, V_MAIN, STAGES, KEY_STAGES, EXP),
-            ),
-            (
-                _fetch,
-                (buffers, ready, lists, rows, keys,
-                 SLOTS, HEADS, K_MAIN, K_REST, V_MAIN, STAGES, KEY_STAGES, EXP),
-            ),
-        ],
-        [4, 1 if HEADS >= 8 else 4],
-        [208, 64],
-    )  # fmt: skip
+    if WORKERS == 2:
+        gl.warp_specialize(
+            [
+                (
+                    _consume,
+                    (buffers, ready, lists, results,
+                     0, SLOTS, HEADS, K_REST, V_MAIN, STAGES, KEY_STAGES, WORKERS, EXP),
+                ),
+                (
+                    _consume,
+                    (buffers, ready, lists, results,
+                     1, SLOTS, HEADS, K_REST, V_MAIN, STAGES, KEY_STAGES, WORKERS, EXP),
+                ),
+                (
+                    _fetch,
+                    (buffers, ready, lists, rows, keys,
+                     SLOTS, HEADS, K_MAIN, K_REST, V_MAIN, STAGES, KEY_STAGES),
+                ),
+            ],
+            [4, 1 if HEADS >= 8 else 4],
+            [208, 64],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _consume,
+                    (buffers, ready, lists, results,
+                     0, SLOTS, HEADS, K_REST, V_MAIN, STAGES, KEY_STAGES, WORKERS, EXP),
+                ),
+                (
+                    _consume,
+                    (buffers, ready, lists, results,
+                     1, SLOTS, HEADS, K_REST, V_MAIN, STAGES, KEY_STAGES, WORKERS, EXP),
+                ),
+                (
+                    _consume,
+                    (buffers, ready, lists, results,
+                     2, SLOTS, HEADS, K_REST, V_MAIN, STAGES, KEY_STAGES, WORKERS, EXP),
+                ),
+                (
+                    _fetch,
+                    (buffers, ready, lists, rows, keys,
+                     SLOTS, HEADS, K_MAIN, K_REST, V_MAIN, STAGES, KEY_STAGES),
+                ),
+            ],
+            [4, 4, 1 if HEADS >= 8 else 4],
+            [152, 152, 56],
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -198,7 +228,7 @@ def _load_entries(p_entries, i_entry, last, COUNT: gl.constexpr):
 def _fetch(
     buffers, ready, lists, rows, keys,
     SLOTS: gl.constexpr, HEADS: gl.constexpr, K_MAIN: gl.constexpr, K_REST: gl.constexpr,
-    V_MAIN: gl.constexpr, STAGES: gl.constexpr, KEY_STAGES: gl.constexpr, EXP: gl.constexpr,
+    V_MAIN: gl.constexpr, STAGES: gl.constexpr, KEY_STAGES: gl.constexpr,
 ):  # fmt: skip
     """The fetching warps: fill every buffer as soon as it is free."""
     q_buffer, q_rest_buffer, k_buffer, k_rest_buffer, v_buffer = buffers
@@ -293,7 +323,8 @@ def _copy_rows(
 def _consume(
     buffers, ready, lists, results,
     WHO: gl.constexpr, SLOTS: gl.constexpr, HEADS: gl.constexpr, K_REST: gl.constexpr,
-    V_MAIN: gl.constexpr, STAGES: gl.constexpr, KEY_STAGES: gl.constexpr, EXP: gl.constexpr,
+    V_MAIN: gl.constexpr, STAGES: gl.constexpr, KEY_STAGES: gl.constexpr, WORKERS: gl.constexpr,
+    EXP: gl.constexpr,
 ):  # fmt: skip
     """A multiplying warpgroup: every second tile of all that the program works on."""
     q_buffer, q_rest_buffer, k_buffer, k_rest_buffer, v_buffer = buffers
@@ -329,9 +360,9 @@ def _consume(
             b_k_rest = k_rest_buffer.index(i_keys).permute((1, 0))
             b_v = v_buffer.index(i_keys)
             # Not the start of the loop: the compiler overlooks there that `done` changes.
-            before = (done + WHO) & 1
-            for i_mine in range((tiles - before + 1) // 2):
-                i_tile = 2 * i_mine + before
+            before = (WHO + (WORKERS - 1) * done) % WORKERS
+            for i_mine in range((tiles - before + WORKERS - 1) // WORKERS):
+                i_tile = WORKERS * i_mine + before
                 o_entry = i_tile * QUERIES + o_row // HEADS
                 b_entry = gl.load(p_entries + gl.minimum(o_entry, count - 1))
                 o_listed = i_tile * QUERIES + o_query
@@ -367,7 +398,7 @@ def _consume(
                 if EXP == 2:
                     gl.store(p_out + o_out[:, None] + o_inside[None, :], b_out,
                              mask=(o_listed < count - 1000)[:, None])  # fmt: skip
-                i_stage += 2
+                i_stage += WORKERS
                 m_wrap = i_stage >= STAGES
                 i_stage = gl.where(m_wrap, WHO, i_stage)
                 parity = gl.where(m_wrap, parity ^ 1, parity)

@@ -307,6 +307,13 @@ def _clean_behind(tile, count):
 
 
 @gluon.jit
+def _load_block(p_shared, i_block, count):
+    """A shared block's three numbers, the last block's for those behind it."""
+    p_block = p_shared + gl.minimum(i_block, gl.maximum(count - 1, 0)) * 3
+    return gl.load(p_block), gl.load(p_block + 1), gl.load(p_block + 2)
+
+
+@gluon.jit
 def attend_shared(
     buffers, ready, p_shared, whole_count, shared_count, p_upper, first, stop, scale_log2, i_stage,
     parity, HEADS: gl.constexpr, K_REST: gl.constexpr, V_MAIN: gl.constexpr, STAGES: gl.constexpr,
@@ -330,11 +337,12 @@ def attend_shared(
     running_max = gl.full([64], float("-inf"), gl.float32, row)
     running_sum = gl.zeros([64], gl.float32, row)
     accumulator = gl.zeros([64, V_MAIN], gl.float32, by_value)
+    i_key, queries, end = _load_block(p_shared, 0, shared_count)
     for MASKED in gl.static_range(2):
         start = 0 if MASKED == 0 else whole_count
         for i_block in range(start, whole_count if MASKED == 0 else shared_count):
-            p_block = p_shared + i_block * 3
-            m_chose = ((gl.load(p_block + 1) >> (o_row // HEADS)) & 1) > 0
+            next_key, next_queries, next_end = _load_block(p_shared, i_block + 1, shared_count)
+            m_chose = ((queries >> (o_row // HEADS)) & 1) > 0
             mbarrier.wait(k_ready.index(i_stage), parity)
             b_s = gl.zeros([64, 64], gl.float32, by_key)
             b_k = k_buffer.index(i_stage).permute((1, 0))
@@ -346,8 +354,7 @@ def attend_shared(
             mbarrier.arrive(k_ready.index(STAGES + i_stage), count=1)
             b_v = v_buffer.index(i_stage)
             if MASKED:
-                i_key = gl.load(p_block)
-                seen = gl.load(p_block + 2) - i_key
+                seen = end - i_key
                 o_key = gl.arange(0, 64, gl.SliceLayout(0, by_key))
                 b_seen = gl.where(m_chose, gl.minimum(b_upper - i_key, seen), 0)
                 b_s = gl.where(o_key[None, :] < b_seen[:, None], b_s, float("-inf"))
@@ -366,6 +373,7 @@ def attend_shared(
             accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
             mbarrier.arrive(v_ready.index(STAGES + i_stage), count=1)
             i_stage, parity = next_stage(i_stage, parity, STAGES)
+            i_key, queries, end = next_key, next_queries, next_end
     return running_max, running_sum, accumulator, i_stage, parity
 
 
