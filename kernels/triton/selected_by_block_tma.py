@@ -88,7 +88,6 @@ def attend(
         V_MAIN=value.main,
         STAGES=values["row_stages"],
         KEY_STAGES=values["key_stages"],
-        WORKERS=values["workers"],
         EXP=values.get("exp", 0),
         num_warps=4,
     )
@@ -127,8 +126,7 @@ def _hopper_by_block_kernel(
     q, q_main, q_rest, k_main, k_rest, v_main, items, entries, partial_out, partial_lse, scale_log2,
     work, first_query, queries, HK, G, stride_qb, stride_qt, stride_qh,
     SLOTS: gl.constexpr, HEADS: gl.constexpr, K_MAIN: gl.constexpr, K_REST: gl.constexpr,
-    V_MAIN: gl.constexpr, STAGES: gl.constexpr, KEY_STAGES: gl.constexpr, WORKERS: gl.constexpr,
-    EXP: gl.constexpr,
+    V_MAIN: gl.constexpr, STAGES: gl.constexpr, KEY_STAGES: gl.constexpr, EXP: gl.constexpr,
 ):  # fmt: skip
     """One program of as many as the device has multiprocessors: every so manieth work item.
 
@@ -154,7 +152,7 @@ def _hopper_by_block_kernel(
         mbarrier.init(q_ready.index(STAGES + i_barrier), count=1)
     for i_barrier in gl.static_range(KEY_STAGES):
         mbarrier.init(k_ready.index(i_barrier), count=1)
-        mbarrier.init(k_ready.index(KEY_STAGES + i_barrier), count=WORKERS)
+        mbarrier.init(k_ready.index(KEY_STAGES + i_barrier), count=2)
     fence_async_shared()
 
     buffers = (q_buffer, q_rest_buffer, k_buffer, k_rest_buffer, v_buffer)
@@ -163,65 +161,50 @@ def _hopper_by_block_kernel(
     rows = (q, q_main, q_rest, first_query, HK, G, stride_qb, stride_qt, stride_qh)
     keys = (k_main, k_rest, v_main)
     results = (partial_out, partial_lse, scale_log2)
-    if WORKERS == 2:
-        gl.warp_specialize(
-            [
-                (
-                    _consume,
-                    (buffers, ready, lists, results,
-                     0, SLOTS, HEADS, K_REST, V_MAIN, STAGES, KEY_STAGES, WORKERS, EXP),
-                ),
-                (
-                    _consume,
-                    (buffers, ready, lists, results,
-                     1, SLOTS, HEADS, K_REST, V_MAIN, STAGES, KEY_STAGES, WORKERS, EXP),
-                ),
-                (
-                    _fetch,
-                    (buffers, ready, lists, rows, keys,
-                     SLOTS, HEADS, K_MAIN, K_REST, V_MAIN, STAGES, KEY_STAGES),
-                ),
-            ],
-            [4, 1 if HEADS >= 8 else 4],
-            [208, 64],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (
-                    _consume,
-                    (buffers, ready, lists, results,
-                     0, SLOTS, HEADS, K_REST, V_MAIN, STAGES, KEY_STAGES, WORKERS, EXP),
-                ),
-                (
-                    _consume,
-                    (buffers, ready, lists, results,
-                     1, SLOTS, HEADS, K_REST, V_MAIN, STAGES, KEY_STAGES, WORKERS, EXP),
-                ),
-                (
-                    _consume,
-                    (buffers, ready, lists, results,
-                     2, SLOTS, HEADS, K_REST, V_MAIN, STAGES, KEY_STAGES, WORKERS, EXP),
-                ),
-                (
-                    _fetch,
-                    (buffers, ready, lists, rows, keys,
-                     SLOTS, HEADS, K_MAIN, K_REST, V_MAIN, STAGES, KEY_STAGES),
-                ),
-            ],
-            [4, 4, 1 if HEADS >= 8 else 4],
-            [152, 152, 56],
-        )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (
+                _consume,
+                (buffers, ready, lists, results,
+                 0, SLOTS, HEADS, K_REST, V_MAIN, STAGES, KEY_STAGES, EXP),
+            ),
+            (
+                _consume,
+                (buffers, ready, lists, results,
+                 1, SLOTS, HEADS, K_REST, V_MAIN, STAGES, KEY_STAGES, EXP),
+            ),
+            (
+                _fetch,
+                (buffers, ready, lists, rows, keys,
+                 SLOTS, HEADS, K_MAIN, K_REST, V_MAIN, STAGES, KEY_STAGES),
+            ),
+        ],
+        [4, 1 if HEADS >= 8 else 4],
+        [208, 64] if HEADS >= 8 else [200, 88],
+    )  # fmt: skip
 
 
 @gluon.jit
-def _load_entries(p_entries, i_entry, last, COUNT: gl.constexpr):
-    """The `COUNT` entries from `i_entry` on, `last` in place of those behind it."""
-    if COUNT == 1:
-        return (gl.load(p_entries + gl.minimum(i_entry, last)),)
+def _load_item(items, i_work, work):
+    """A work item's first key row, batch and KV head, first entry and number of entries."""
+    p_item = items + gl.minimum(i_work, work - 1) * 4
+    return gl.load(p_item), gl.load(p_item + 1), gl.load(p_item + 2), gl.load(p_item + 3)
+
+
+@gluon.jit
+def _load_entries(entries, start, i_entry, count, o_entry, COUNT: gl.constexpr):
+    """The entries from `i_entry` on, the last one in place of those behind it.
+
+    `COUNT` scalars, or with 0 those at `o_entry`.
+    """
+    if COUNT == 0:
+        return gl.load(entries + start + gl.maximum(gl.minimum(i_entry + o_entry, count - 1), 0))
+    elif COUNT == 1:
+        return (gl.load(entries + start + gl.maximum(gl.minimum(i_entry, count - 1), 0)),)
     else:
-        first = _load_entries(p_entries, i_entry, last, COUNT // 2)
-        return first + _load_entries(p_entries, i_entry + COUNT // 2, last, COUNT // 2)
+        half: gl.constexpr = COUNT // 2
+        first = _load_entries(entries, start, i_entry, count, o_entry, half)
+        return first + _load_entries(entries, start, i_entry + half, count, o_entry, half)
 
 
 @gluon.jit
@@ -230,7 +213,10 @@ def _fetch(
     SLOTS: gl.constexpr, HEADS: gl.constexpr, K_MAIN: gl.constexpr, K_REST: gl.constexpr,
     V_MAIN: gl.constexpr, STAGES: gl.constexpr, KEY_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The fetching warps: fill every buffer as soon as it is free."""
+    """The fetching warps: fill every buffer as soon as it is free.
+
+    Numbers that addresses depend on are loaded ahead: entries two tiles, work items two items.
+    """
     q_buffer, q_rest_buffer, k_buffer, k_rest_buffer, v_buffer = buffers
     q_ready, k_ready = ready
     items, entries, work, _ = lists
@@ -240,14 +226,25 @@ def _fetch(
     DIM: gl.constexpr = K_MAIN + K_REST
     LANES: gl.constexpr = _lanes(K_MAIN)
     REST_LANES: gl.constexpr = _lanes(K_REST if K_REST else K_MAIN)
+    SCALARS: gl.constexpr = QUERIES if HEADS >= 8 else 0
+    o_entry = 0
+    if HEADS < 8:
+        o_entry = gl.arange(0, 64, gl.SliceLayout(1, LANES)) // HEADS
     i_stage, parity, i_keys, keys_parity = 0, 1, 0, 1
-    p_item = items + gl.program_id(0) * 4
-    i_row, i_group = gl.load(p_item), gl.load(p_item + 1)
-    start, count = gl.load(p_item + 2), gl.load(p_item + 3)
+    i_row, i_group, start, count = _load_item(items, gl.program_id(0), work)
+    next_row, next_group, next_start, next_count = _load_item(
+        items, gl.program_id(0) + gl.num_programs(0), work
+    )
+    listed = _load_entries(entries, start, 0, count, o_entry, SCALARS)
+    following = _load_entries(entries, start, QUERIES, count, o_entry, SCALARS)
     for i_work in range(gl.program_id(0), work, gl.num_programs(0)):
-        p_item = items + gl.minimum(i_work + gl.num_programs(0), work - 1) * 4
-        next_row, next_group = gl.load(p_item), gl.load(p_item + 1)
-        next_start, next_count = gl.load(p_item + 2), gl.load(p_item + 3)
+        last_row, last_group, last_start, last_count = _load_item(
+            items, i_work + 2 * gl.num_programs(0), work
+        )
+        next_listed = _load_entries(entries, next_start, 0, next_count, o_entry, SCALARS)
+        next_following = _load_entries(
+            entries, next_start, QUERIES, next_count, o_entry, SCALARS
+        )
         if count > 0:
             i_batch, i_kv = i_group // HK, i_group % HK
             filled = k_ready.index(i_keys)
@@ -261,13 +258,15 @@ def _fetch(
             copy_tile(v_main, i_batch, i_row, i_kv, 0, filled, v_buffer.index(i_keys), V_MAIN,
                       64, 1, 0)  # fmt: skip
             i_keys, keys_parity = next_stage(i_keys, keys_parity, KEY_STAGES)
-            p_entries = entries + start
-            if HEADS >= 8:
-                listed = _load_entries(p_entries, 0, count - 1, QUERIES)
-                for i_entry in range(0, count, QUERIES):
-                    following = _load_entries(p_entries, i_entry + QUERIES, count - 1, QUERIES)
-                    filled = q_ready.index(i_stage)
-                    mbarrier.wait(q_ready.index(STAGES + i_stage), parity)
+            p_q = q + i_batch.to(gl.int64) * stride_qb + first_query.to(gl.int64) * stride_qt
+            p_q += i_kv * G * stride_qh
+            for i_entry in range(0, count, QUERIES):
+                behind = _load_entries(
+                    entries, start, i_entry + 2 * QUERIES, count, o_entry, SCALARS
+                )
+                filled = q_ready.index(i_stage)
+                mbarrier.wait(q_ready.index(STAGES + i_stage), parity)
+                if HEADS >= 8:
                     mbarrier.expect(filled, 2 * 64 * DIM)
                     for i_query in gl.static_range(QUERIES):
                         i_token = first_query + listed[i_query] // SLOTS
@@ -278,27 +277,19 @@ def _fetch(
                             copy_tile(q_rest, i_batch, i_token, i_kv * G, K_MAIN, filled,
                                       q_rest_buffer.index(i_stage), K_REST, 1, HEADS,
                                       i_query * HEADS)  # fmt: skip
-                    i_stage, parity = next_stage(i_stage, parity, STAGES)
-                    listed = following
-            else:
-                p_q = q + i_batch.to(gl.int64) * stride_qb + first_query.to(gl.int64) * stride_qt
-                p_q += i_kv * G * stride_qh
-                o_entry = gl.arange(0, 64, gl.SliceLayout(1, LANES)) // HEADS
-                b_entry = gl.load(p_entries + gl.minimum(o_entry, count - 1))
-                for i_entry in range(0, count, QUERIES):
-                    o_next = i_entry + QUERIES + o_entry
-                    b_next = gl.load(p_entries + gl.minimum(o_next, count - 1))
-                    mbarrier.wait(q_ready.index(STAGES + i_stage), parity)
-                    _copy_rows(q_buffer.index(i_stage), p_q, b_entry, stride_qt, stride_qh, G,
+                else:
+                    _copy_rows(q_buffer.index(i_stage), p_q, listed, stride_qt, stride_qh, G,
                                SLOTS, HEADS)  # fmt: skip
                     if K_REST:
-                        b_entry = gl.convert_layout(b_entry, gl.SliceLayout(1, REST_LANES))
+                        b_entry = gl.convert_layout(listed, gl.SliceLayout(1, REST_LANES))
                         _copy_rows(q_rest_buffer.index(i_stage), p_q + K_MAIN, b_entry, stride_qt,
                                    stride_qh, G, SLOTS, HEADS)  # fmt: skip
-                    b_entry = b_next
-                    async_copy.mbarrier_arrive(q_ready.index(i_stage), increment_count=False)
-                    i_stage, parity = next_stage(i_stage, parity, STAGES)
+                    async_copy.mbarrier_arrive(filled, increment_count=False)
+                i_stage, parity = next_stage(i_stage, parity, STAGES)
+                listed, following = following, behind
         i_row, i_group, start, count = next_row, next_group, next_start, next_count
+        next_row, next_group, next_start, next_count = last_row, last_group, last_start, last_count
+        listed, following = next_listed, next_following
 
 
 @constexpr_function
@@ -323,8 +314,7 @@ def _copy_rows(
 def _consume(
     buffers, ready, lists, results,
     WHO: gl.constexpr, SLOTS: gl.constexpr, HEADS: gl.constexpr, K_REST: gl.constexpr,
-    V_MAIN: gl.constexpr, STAGES: gl.constexpr, KEY_STAGES: gl.constexpr, WORKERS: gl.constexpr,
-    EXP: gl.constexpr,
+    V_MAIN: gl.constexpr, STAGES: gl.constexpr, KEY_STAGES: gl.constexpr, EXP: gl.constexpr,
 ):  # fmt: skip
     """A multiplying warpgroup: every second tile of all that the program works on."""
     q_buffer, q_rest_buffer, k_buffer, k_rest_buffer, v_buffer = buffers
@@ -360,9 +350,9 @@ def _consume(
             b_k_rest = k_rest_buffer.index(i_keys).permute((1, 0))
             b_v = v_buffer.index(i_keys)
             # Not the start of the loop: the compiler overlooks there that `done` changes.
-            before = (WHO + (WORKERS - 1) * done) % WORKERS
-            for i_mine in range((tiles - before + WORKERS - 1) // WORKERS):
-                i_tile = WORKERS * i_mine + before
+            before = (done + WHO) & 1
+            for i_mine in range((tiles - before + 1) // 2):
+                i_tile = 2 * i_mine + before
                 o_entry = i_tile * QUERIES + o_row // HEADS
                 b_entry = gl.load(p_entries + gl.minimum(o_entry, count - 1))
                 o_listed = i_tile * QUERIES + o_query
@@ -398,7 +388,7 @@ def _consume(
                 if EXP == 2:
                     gl.store(p_out + o_out[:, None] + o_inside[None, :], b_out,
                              mask=(o_listed < count - 1000)[:, None])  # fmt: skip
-                i_stage += WORKERS
+                i_stage += 2
                 m_wrap = i_stage >= STAGES
                 i_stage = gl.where(m_wrap, WHO, i_stage)
                 parity = gl.where(m_wrap, parity ^ 1, parity)

@@ -198,10 +198,13 @@ def _fetch(
             if K_REST:
                 copy_tile(q_rest, i_batch, first, i_kv * G, K_MAIN, filled, q_rest_buffer.index(0),
                       K_REST, 4, 16, 0)  # fmt: skip
-            i_stage, parity = fetch_shared(
-                k_main, k_rest, v_main, buffers, ready, i_row, p_shared, shared_count, i_batch,
-                i_kv, i_stage, parity, K_MAIN, K_REST, V_MAIN, STAGES,
-            )  # fmt: skip
+            for i_block in range(shared_count):
+                i_next = gl.load(p_shared + 3 * gl.minimum(i_block + 1, shared_count - 1))
+                i_stage, parity = fetch_block(
+                    k_main, k_rest, v_main, buffers, ready, i_row, i_batch, i_kv, i_stage, parity,
+                    K_MAIN, K_REST, V_MAIN, STAGES,
+                )  # fmt: skip
+                i_row = i_next
             stride = HK * n
             p_own = own + ((i_batch.to(gl.int64) * T + first) * HK + i_kv) * n
             last = stop - 1 - first
@@ -239,31 +242,27 @@ def _fetch(
 
 
 @gluon.jit
-def fetch_shared(
-    k_main, k_rest, v_main, buffers, ready, i_row, p_shared, count, i_batch, i_kv, i_stage, parity,
+def fetch_block(
+    k_main, k_rest, v_main, buffers, ready, i_row, i_batch, i_kv, i_stage, parity,
     K_MAIN: gl.constexpr, K_REST: gl.constexpr, V_MAIN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Fetch the blocks that a tile's queries share, the first at `i_row`; the stage after them."""
+    """Fetch the block at `i_row`; returns the stage after it."""
     _, _, k_buffer, k_rest_buffer, v_buffer = buffers
     _, k_ready, v_ready = ready
-    for i_block in range(count):
-        i_next = gl.load(p_shared + 3 * gl.minimum(i_block + 1, count - 1))
-        filled = k_ready.index(i_stage)
-        mbarrier.wait(k_ready.index(STAGES + i_stage), parity)
-        mbarrier.expect(filled, 2 * 64 * (K_MAIN + K_REST))
-        copy_tile(k_main, i_batch, i_row, i_kv, 0, filled, k_buffer.index(i_stage), K_MAIN,
-                  64, 1, 0)  # fmt: skip
-        if K_REST:
-            copy_tile(k_rest, i_batch, i_row, i_kv, K_MAIN, filled,
-                      k_rest_buffer.index(i_stage), K_REST, 64, 1, 0)  # fmt: skip
-        filled = v_ready.index(i_stage)
-        mbarrier.wait(v_ready.index(STAGES + i_stage), parity)
-        mbarrier.expect(filled, 2 * 64 * V_MAIN)
-        copy_tile(v_main, i_batch, i_row, i_kv, 0, filled, v_buffer.index(i_stage), V_MAIN,
-                  64, 1, 0)  # fmt: skip
-        i_stage, parity = next_stage(i_stage, parity, STAGES)
-        i_row = i_next
-    return i_stage, parity
+    filled = k_ready.index(i_stage)
+    mbarrier.wait(k_ready.index(STAGES + i_stage), parity)
+    mbarrier.expect(filled, 2 * 64 * (K_MAIN + K_REST))
+    copy_tile(k_main, i_batch, i_row, i_kv, 0, filled, k_buffer.index(i_stage), K_MAIN,
+              64, 1, 0)  # fmt: skip
+    if K_REST:
+        copy_tile(k_rest, i_batch, i_row, i_kv, K_MAIN, filled,
+                  k_rest_buffer.index(i_stage), K_REST, 64, 1, 0)  # fmt: skip
+    filled = v_ready.index(i_stage)
+    mbarrier.wait(v_ready.index(STAGES + i_stage), parity)
+    mbarrier.expect(filled, 2 * 64 * V_MAIN)
+    copy_tile(v_main, i_batch, i_row, i_kv, 0, filled, v_buffer.index(i_stage), V_MAIN,
+              64, 1, 0)  # fmt: skip
+    return next_stage(i_stage, parity, STAGES)
 
 
 @gluon.jit
@@ -307,74 +306,63 @@ def _clean_behind(tile, count):
 
 
 @gluon.jit
-def _load_block(p_shared, i_block, count):
+def load_block(p_shared, i_block, count):
     """A shared block's three numbers, the last block's for those behind it."""
     p_block = p_shared + gl.minimum(i_block, gl.maximum(count - 1, 0)) * 3
     return gl.load(p_block), gl.load(p_block + 1), gl.load(p_block + 2)
 
 
 @gluon.jit
-def attend_shared(
-    buffers, ready, p_shared, whole_count, shared_count, p_upper, first, stop, scale_log2, i_stage,
-    parity, HEADS: gl.constexpr, K_REST: gl.constexpr, V_MAIN: gl.constexpr, STAGES: gl.constexpr,
+def attend_block(
+    buffers, ready, block, state, b_upper, scale_log2, i_stage, parity,
+    MASKED: gl.constexpr, HEADS: gl.constexpr, K_REST: gl.constexpr, V_MAIN: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Attend to the blocks that a tile's queries share, `HEADS` rows each.
+    """Attend to a block that a tile's queries share, `HEADS` rows each.
 
-    Returns each row's largest score and sum, the sums of values, and the stage after the blocks.
+    The state is each row's largest score and sum, and the sums of values. Returns the next state
+    and the stage after the block.
     """
     q_buffer, q_rest_buffer, k_buffer, k_rest_buffer, v_buffer = buffers
     _, k_ready, v_ready = ready
+    i_key, queries, end = block
+    running_max, running_sum, accumulator = state
     dtype: gl.constexpr = q_buffer.dtype
     by_key: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     by_value: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V_MAIN, 16])
-    row: gl.constexpr = gl.SliceLayout(1, by_key)
-    out_row: gl.constexpr = gl.SliceLayout(1, by_value)
-    b_q = q_buffer.index(0)
-    b_q_rest = q_rest_buffer.index(0)
-    o_row = gl.arange(0, 64, row)
-    o_query = first + o_row // HEADS
-    b_upper = gl.load(p_upper + o_query, mask=o_query < stop, other=0)
-    running_max = gl.full([64], float("-inf"), gl.float32, row)
-    running_sum = gl.zeros([64], gl.float32, row)
-    accumulator = gl.zeros([64, V_MAIN], gl.float32, by_value)
-    i_key, queries, end = _load_block(p_shared, 0, shared_count)
-    for MASKED in gl.static_range(2):
-        start = 0 if MASKED == 0 else whole_count
-        for i_block in range(start, whole_count if MASKED == 0 else shared_count):
-            next_key, next_queries, next_end = _load_block(p_shared, i_block + 1, shared_count)
-            m_chose = ((queries >> (o_row // HEADS)) & 1) > 0
-            mbarrier.wait(k_ready.index(i_stage), parity)
-            b_s = gl.zeros([64, 64], gl.float32, by_key)
-            b_k = k_buffer.index(i_stage).permute((1, 0))
-            b_s = warpgroup_mma(b_q, b_k, b_s, use_acc=False, is_async=True)
-            if K_REST:
-                b_k = k_rest_buffer.index(i_stage).permute((1, 0))
-                b_s = warpgroup_mma(b_q_rest, b_k, b_s, is_async=True)
-            b_s = warpgroup_mma_wait(0, deps=(b_s,))
-            mbarrier.arrive(k_ready.index(STAGES + i_stage), count=1)
-            b_v = v_buffer.index(i_stage)
-            if MASKED:
-                seen = end - i_key
-                o_key = gl.arange(0, 64, gl.SliceLayout(0, by_key))
-                b_seen = gl.where(m_chose, gl.minimum(b_upper - i_key, seen), 0)
-                b_s = gl.where(o_key[None, :] < b_seen[:, None], b_s, float("-inf"))
-                m_chose = b_seen > 0
-                mbarrier.wait(v_ready.index(i_stage), parity)
-                # What nobody sees may be anything, and 0 times NaN is NaN.
-                if seen < 64:
-                    _clean_behind(b_v, seen)
-            b_p, decay, running_max, running_sum = soften(
-                b_s, m_chose, running_max, running_sum, scale_log2
-            )
-            accumulator *= gl.convert_layout(decay, out_row)[:, None]
-            b_p = gl.convert_layout(b_p.to(dtype), gl.DotOperandLayout(0, by_value, 2))
-            mbarrier.wait(v_ready.index(i_stage), parity)
-            accumulator = warpgroup_mma(b_p, b_v, accumulator, is_async=True)
-            accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
-            mbarrier.arrive(v_ready.index(STAGES + i_stage), count=1)
-            i_stage, parity = next_stage(i_stage, parity, STAGES)
-            i_key, queries, end = next_key, next_queries, next_end
-    return running_max, running_sum, accumulator, i_stage, parity
+    o_row = gl.arange(0, 64, gl.SliceLayout(1, by_key))
+    m_chose = ((queries >> (o_row // HEADS)) & 1) > 0
+    mbarrier.wait(k_ready.index(i_stage), parity)
+    b_s = gl.zeros([64, 64], gl.float32, by_key)
+    b_k = k_buffer.index(i_stage).permute((1, 0))
+    b_s = warpgroup_mma(q_buffer.index(0), b_k, b_s, use_acc=False, is_async=True)
+    if K_REST:
+        b_k = k_rest_buffer.index(i_stage).permute((1, 0))
+        b_s = warpgroup_mma(q_rest_buffer.index(0), b_k, b_s, is_async=True)
+    b_s = warpgroup_mma_wait(0, deps=(b_s,))
+    mbarrier.arrive(k_ready.index(STAGES + i_stage), count=1)
+    b_v = v_buffer.index(i_stage)
+    if MASKED:
+        seen = end - i_key
+        o_key = gl.arange(0, 64, gl.SliceLayout(0, by_key))
+        b_seen = gl.where(m_chose, gl.minimum(b_upper - i_key, seen), 0)
+        b_s = gl.where(o_key[None, :] < b_seen[:, None], b_s, float("-inf"))
+        m_chose = b_seen > 0
+        mbarrier.wait(v_ready.index(i_stage), parity)
+        # What nobody sees may be anything, and 0 times NaN is NaN.
+        if seen < 64:
+            _clean_behind(b_v, seen)
+    b_p, decay, running_max, running_sum = soften(
+        b_s, m_chose, running_max, running_sum, scale_log2
+    )
+    accumulator *= gl.convert_layout(decay, gl.SliceLayout(1, by_value))[:, None]
+    b_p = gl.convert_layout(b_p.to(dtype), gl.DotOperandLayout(0, by_value, 2))
+    mbarrier.wait(v_ready.index(i_stage), parity)
+    accumulator = warpgroup_mma(b_p, b_v, accumulator, is_async=True)
+    accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
+    mbarrier.arrive(v_ready.index(STAGES + i_stage), count=1)
+    i_stage, parity = next_stage(i_stage, parity, STAGES)
+    return (running_max, running_sum, accumulator), i_stage, parity
 
 
 @gluon.jit
@@ -417,10 +405,23 @@ def _consume(
             p_bounds = upper + i_batch.to(gl.int64) * stride_bounds
             mbarrier.wait(q_ready.index(0), q_parity)
             q_parity ^= 1
-            running_max, running_sum, accumulator, i_stage, parity = attend_shared(
-                buffers, ready, p_shared, whole_count, shared_count, p_bounds, first, stop,
-                scale_log2, i_stage, parity, 16, K_REST, V_MAIN, STAGES,
-            )  # fmt: skip
+            o_query = first + gl.arange(0, 64, row) // 16
+            b_upper = gl.load(p_bounds + o_query, mask=o_query < stop, other=0)
+            running_max = gl.full([64], float("-inf"), gl.float32, row)
+            running_sum = gl.zeros([64], gl.float32, row)
+            accumulator = gl.zeros([64, V_MAIN], gl.float32, by_value)
+            state = (running_max, running_sum, accumulator)
+            block = load_block(p_shared, 0, shared_count)
+            for MASKED in gl.static_range(2):
+                start = 0 if MASKED == 0 else whole_count
+                for i_block in range(start, whole_count if MASKED == 0 else shared_count):
+                    following = load_block(p_shared, i_block + 1, shared_count)
+                    state, i_stage, parity = attend_block(
+                        buffers, ready, block, state, b_upper, scale_log2, i_stage, parity,
+                        MASKED, 16, K_REST, V_MAIN, STAGES,
+                    )  # fmt: skip
+                    block = following
+            running_max, running_sum, accumulator = state
 
             b_q_own = q_heads.load(batch_q)
             b_q_rest_own = b_q_own

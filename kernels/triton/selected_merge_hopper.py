@@ -18,7 +18,7 @@ from nsa_port.kernels.triton.bounds import QueryBounds, Tiles
 from nsa_port.kernels.triton.hopper import copy_tile, describe_heads, next_stage
 from nsa_port.kernels.triton.host import LOG2_E, multiprocessors, next_power_of_2, split_head
 from nsa_port.kernels.triton.partials_hopper import from_partials, layout_of_partials
-from nsa_port.kernels.triton.selected_hopper import SELECT, attend_shared, fetch_shared, tile_at
+from nsa_port.kernels.triton.selected_hopper import SELECT, attend_block, fetch_block, load_block, tile_at
 from nsa_port.kernels.triton.sharing import SharedBlocks
 
 
@@ -181,6 +181,49 @@ def _load_counts(counts, i_shares):
 
 
 @gluon.jit
+def _share_out(shared_count, own_count):
+    """How many pairs of slots there are, and how many follow each of a tile's shared blocks.
+
+    Products and what comes from memory then keep each other company.
+    """
+    pairs = (own_count + 1) // 2
+    shared_count = gl.maximum(shared_count, 1)
+    return pairs, (pairs + shared_count - 1) // shared_count
+
+
+@gluon.jit
+def _fetch_partials(
+    partials, buffers, ready, i_partial, start, stop, own_count, i_stage, parity,
+    HEADS: gl.constexpr, V_MAIN: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Fetch the partial results of pairs of slots; returns the stage after them."""
+    _, _, k_buffer, _, v_buffer = buffers
+    _, k_ready, v_ready = ready
+    QUERIES: gl.constexpr = 64 // HEADS
+    ROWS: gl.constexpr = HEADS * V_MAIN // 256
+    flat: gl.constexpr = gl.NVMMASharedLayout(0, 16, rank=4)
+    dtype: gl.constexpr = k_buffer.dtype
+    for i_pair in range(start, stop):
+        i_slot = 2 * i_pair
+        filled = k_ready.index(i_stage)
+        mbarrier.wait(k_ready.index(STAGES + i_stage), parity)
+        mbarrier.expect(filled, 2 * 64 * V_MAIN)
+        rows = k_buffer.index(i_stage)._reinterpret(dtype, [QUERIES, 1, ROWS, 256], flat)
+        tma.async_copy_global_to_shared(partials, [i_partial, i_slot, 0, 0], filled, rows)
+        filled = v_ready.index(i_stage)
+        mbarrier.wait(v_ready.index(STAGES + i_stage), parity)
+        m_more = i_slot + 1 < own_count
+        mbarrier.expect(filled, 2 * 64 * V_MAIN, pred=m_more)
+        rows = v_buffer.index(i_stage)._reinterpret(dtype, [QUERIES, 1, ROWS, 256], flat)
+        tma.async_copy_global_to_shared(
+            partials, [i_partial, i_slot + 1, 0, 0], filled, rows, pred=m_more
+        )
+        mbarrier.arrive(filled, count=1, pred=i_slot + 1 >= own_count)
+        i_stage, parity = next_stage(i_stage, parity, STAGES)
+    return i_stage, parity
+
+
+@gluon.jit
 def _fetch(
     q_main, q_rest, k_main, k_rest, v_main, partials, buffers, ready, where, lists, G, total, chunk,
     HEADS: gl.constexpr, K_MAIN: gl.constexpr, K_REST: gl.constexpr, V_MAIN: gl.constexpr,
@@ -192,9 +235,6 @@ def _fetch(
     shared, counts, kept = lists
     HK, first_query = where[3], where[7]
     QUERIES: gl.constexpr = 64 // HEADS
-    ROWS: gl.constexpr = HEADS * V_MAIN // 256
-    flat: gl.constexpr = gl.NVMMASharedLayout(0, 16, rank=4)
-    dtype: gl.constexpr = q_buffer.dtype
     i_stage, parity, q_parity = 0, 1, 1
     i_shares, i_batch, i_kv, first, stop = _locate(gl.program_id(0), where, QUERIES)
     _, shared_count, own_count = _load_counts(counts, i_shares)
@@ -216,31 +256,70 @@ def _fetch(
             if K_REST:
                 copy_tile(q_rest, i_batch, first, i_kv * G, K_MAIN, filled, q_rest_buffer.index(0),
                           K_REST, QUERIES, HEADS, 0)  # fmt: skip
-            i_stage, parity = fetch_shared(
-                k_main, k_rest, v_main, buffers, ready, i_row, p_shared, shared_count, i_batch,
-                i_kv, i_stage, parity, K_MAIN, K_REST, V_MAIN, STAGES,
-            )  # fmt: skip
             i_partial = (i_batch * HK + i_kv) * chunk + first - first_query
-            for i_slot in range(0, own_count, 2):
-                filled = k_ready.index(i_stage)
-                mbarrier.wait(k_ready.index(STAGES + i_stage), parity)
-                mbarrier.expect(filled, 2 * 64 * V_MAIN)
-                rows = k_buffer.index(i_stage)._reinterpret(dtype, [QUERIES, 1, ROWS, 256], flat)
-                tma.async_copy_global_to_shared(partials, [i_partial, i_slot, 0, 0], filled, rows)
-                filled = v_ready.index(i_stage)
-                mbarrier.wait(v_ready.index(STAGES + i_stage), parity)
-                m_more = i_slot + 1 < own_count
-                rows = v_buffer.index(i_stage)._reinterpret(dtype, [QUERIES, 1, ROWS, 256], flat)
-                mbarrier.expect(filled, 2 * 64 * V_MAIN, pred=m_more)
-                tma.async_copy_global_to_shared(
-                    partials, [i_partial, i_slot + 1, 0, 0], filled, rows, pred=m_more
-                )
-                mbarrier.arrive(filled, count=1, pred=i_slot + 1 >= own_count)
-                i_stage, parity = next_stage(i_stage, parity, STAGES)
+            pairs, each = _share_out(shared_count, own_count)
+            for i_block in range(shared_count):
+                following_row = gl.load(p_shared + 3 * gl.minimum(i_block + 1, shared_count - 1))
+                i_stage, parity = fetch_block(
+                    k_main, k_rest, v_main, buffers, ready, i_row, i_batch, i_kv, i_stage, parity,
+                    K_MAIN, K_REST, V_MAIN, STAGES,
+                )  # fmt: skip
+                i_row = following_row
+                i_pair = gl.minimum(i_block * each, pairs)
+                i_stage, parity = _fetch_partials(
+                    partials, buffers, ready, i_partial, i_pair, gl.minimum(i_pair + each, pairs),
+                    own_count, i_stage, parity, HEADS, V_MAIN, STAGES,
+                )  # fmt: skip
+            i_stage, parity = _fetch_partials(
+                partials, buffers, ready, i_partial, gl.minimum(shared_count * each, pairs), pairs,
+                own_count, i_stage, parity, HEADS, V_MAIN, STAGES,
+            )  # fmt: skip
         i_shares, i_batch, i_kv, first, stop = (
             next_shares, next_batch, next_kv, next_first, next_stop
         )  # fmt: skip
         shared_count, own_count, i_row = next_shared, next_own, next_row
+
+
+@gluon.jit
+def _add_partials(
+    buffers, ready, state, b_lse, start, stop, scale_log2, i_stage, parity, HEADS: gl.constexpr,
+    WIDTH_SLOTS: gl.constexpr, V_MAIN: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Add the partial results of pairs of slots to the state that `attend_block` has.
+
+    `b_lse` holds all slots' of the tile, to base 2, -inf for none.
+    """
+    _, _, k_buffer, _, v_buffer = buffers
+    _, k_ready, v_ready = ready
+    largest, total_sum, accumulator = state
+    by_slot: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH_SLOTS, 16])
+    by_value: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V_MAIN, 16])
+    score_row: gl.constexpr = largest.type.layout
+    LAYOUT: gl.constexpr = layout_of_partials(HEADS, V_MAIN)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    o_slot = gl.arange(0, WIDTH_SLOTS, gl.SliceLayout(0, by_slot))
+    shift = gl.where(largest == float("-inf"), 0.0, largest * scale_log2)
+    b_weights = gl.exp2(b_lse - gl.convert_layout(shift, gl.SliceLayout(1, by_slot))[:, None])
+    for i_pair in range(start, stop):
+        for half in gl.static_range(2):
+            m_slot = (o_slot == 2 * i_pair + half)[None, :]
+            weight = gl.sum(gl.where(m_slot, b_weights, 0.0), 1)
+            total_sum += gl.convert_layout(weight, score_row)
+            weight = gl.convert_layout(weight, gl.SliceLayout(1, by_value))[:, None]
+            buffer = k_buffer if half == 0 else v_buffer
+            barriers = k_ready if half == 0 else v_ready
+            mbarrier.wait(barriers.index(i_stage), parity)
+            rows = buffer.index(i_stage)._reinterpret(
+                buffer.dtype, [64 // HEADS, HEADS * V_MAIN], plain
+            )
+            b_out = from_partials(rows.load(LAYOUT), HEADS, V_MAIN, by_value)
+            # What was read must have arrived before the copy engine may write there.
+            fence_async_shared()
+            mbarrier.arrive(barriers.index(STAGES + i_stage), count=1)
+            # What no one left there may be anything.
+            accumulator += gl.where(weight > 0.0, b_out.to(gl.float32), 0.0) * weight
+        i_stage, parity = next_stage(i_stage, parity, STAGES)
+    return (largest, total_sum, accumulator), i_stage, parity
 
 
 @gluon.jit
@@ -259,8 +338,9 @@ def _consume(
     QUERIES: gl.constexpr = 64 // HEADS
     by_value: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V_MAIN, 16])
     row: gl.constexpr = gl.SliceLayout(1, by_value)
-    LAYOUT: gl.constexpr = layout_of_partials(HEADS, V_MAIN)
-    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    score_row: gl.constexpr = gl.SliceLayout(
+        1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    )
     by_slot: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH_SLOTS, 16])
     slot_row: gl.constexpr = gl.SliceLayout(1, by_slot)
     o_slot = gl.arange(0, WIDTH_SLOTS, gl.SliceLayout(0, by_slot))
@@ -288,40 +368,36 @@ def _consume(
             m_any = (whole_count | shared_count | own_count) >= 0
             mbarrier.wait(q_ready.index(0), q_parity, pred=m_any)
             q_parity ^= 1
-            largest, total_sum, accumulator, i_stage, parity = attend_shared(
-                buffers, ready, p_shared, whole_count, shared_count, p_upper, first, stop,
-                scale_log2, i_stage, parity, HEADS, K_REST, V_MAIN, STAGES,
-            )  # fmt: skip
+            o_shared = first + gl.arange(0, 64, score_row) // HEADS
+            b_upper = gl.load(p_upper + o_shared, mask=o_shared < stop, other=0)
+            # The largest of the slots' is where sums start from, so that they do not grow by it.
+            largest = gl.convert_layout(gl.max(b_lse, 1) / scale_log2, score_row)
+            accumulator = gl.zeros([64, V_MAIN], gl.float32, by_value)
+            state = (largest, gl.zeros([64], gl.float32, score_row), accumulator)
+            block = load_block(p_shared, 0, shared_count)
+            pairs, each = _share_out(shared_count, own_count)
+            for MASKED in gl.static_range(2):
+                start = 0 if MASKED == 0 else whole_count
+                for i_block in range(start, whole_count if MASKED == 0 else shared_count):
+                    following = load_block(p_shared, i_block + 1, shared_count)
+                    state, i_stage, parity = attend_block(
+                        buffers, ready, block, state, b_upper, scale_log2, i_stage, parity,
+                        MASKED, HEADS, K_REST, V_MAIN, STAGES,
+                    )  # fmt: skip
+                    block = following
+                    i_pair = gl.minimum(i_block * each, pairs)
+                    state, i_stage, parity = _add_partials(
+                        buffers, ready, state, b_lse, i_pair, gl.minimum(i_pair + each, pairs),
+                        scale_log2, i_stage, parity, HEADS, WIDTH_SLOTS, V_MAIN, STAGES,
+                    )  # fmt: skip
             mbarrier.arrive(q_ready.index(1), count=1)
-            # What each slot weighs next to the others and to the shared blocks, -inf being none.
-            largest = gl.convert_layout(largest * scale_log2, slot_row)
-            final_max = gl.maximum(largest, gl.max(b_lse, 1))
-            shift = gl.where(final_max == float("-inf"), 0.0, final_max)
-            b_weight = gl.exp2(b_lse - shift[:, None])
-            decay = gl.exp2(largest - shift)
-            final_sum = gl.convert_layout(total_sum, slot_row) * decay + gl.sum(b_weight, 1)
-            accumulator *= gl.convert_layout(decay, row)[:, None]
-            for i_pair in range(0, own_count, 2):
-                for half in gl.static_range(2):
-                    m_slot = (o_slot == i_pair + half)[None, :]
-                    weight = gl.sum(gl.where(m_slot, b_weight, 0.0), 1)
-                    weight = gl.convert_layout(weight, row)[:, None]
-                    buffer = k_buffer if half == 0 else v_buffer
-                    barriers = k_ready if half == 0 else v_ready
-                    mbarrier.wait(barriers.index(i_stage), parity)
-                    rows = buffer.index(i_stage)._reinterpret(
-                        dtype, [QUERIES, HEADS * V_MAIN], plain
-                    )
-                    b_out = from_partials(rows.load(LAYOUT), HEADS, V_MAIN, by_value)
-                    # What was read must have arrived before the copy engine may write there.
-                    fence_async_shared()
-                    mbarrier.arrive(barriers.index(STAGES + i_stage), count=1)
-                    # What no one left there may be anything.
-                    accumulator += gl.where(weight > 0.0, b_out.to(gl.float32), 0.0) * weight
-                i_stage, parity = next_stage(i_stage, parity, STAGES)
-
-            running_max = gl.convert_layout(final_max, row)
-            running_sum = gl.convert_layout(final_sum, row)
+            state, i_stage, parity = _add_partials(
+                buffers, ready, state, b_lse, gl.minimum(shared_count * each, pairs), pairs,
+                scale_log2, i_stage, parity, HEADS, WIDTH_SLOTS, V_MAIN, STAGES,
+            )  # fmt: skip
+            largest, total_sum, accumulator = state
+            running_max = gl.convert_layout(largest * scale_log2, row)
+            running_sum = gl.convert_layout(total_sum, row)
             o_result = (i_batch.to(gl.int64) * T + o_query) * HK + i_kv
             m_row = m_query & (o_head < G)
             # Queries that see nothing may hold anything, NaN too.
