@@ -30,7 +30,7 @@ TABLES = {"sm_80": "sm_80", "sm_90": "sm_90", "sm_100": "sm_100", "generic": "sm
 A_FEW_SCALARS = 32
 """Bytes that a kernel written for Hopper may spill: what it needs between its loops."""
 
-WORKERS = {"hopper_selected": 4}
+WORKERS = {"hopper_selected": 4, "hopper_merge": 4}
 """Warps that such a kernel has besides those that it is launched with, where not 8."""
 
 LEAST_LENGTHS = {"selected_by_block": 1024, "block_scores": 1100}

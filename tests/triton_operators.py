@@ -172,9 +172,9 @@ def test_branch_and_its_gradients_match_the_reference(operator: str, case: Case)
 @pytest.fixture
 def by_block(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Selected attention by block whatever the size, with short segments and several chunks."""
-    monkeypatch.setattr(selected, "query_chunk", lambda T, _: max(1, -(-T // 2)))
+    monkeypatch.setattr(selected, "query_chunk", lambda T, *_: max(1, -(-T // 2)))
     monkeypatch.setattr(
-        "nsa_port.kernels.triton.selected_backward.query_chunk", lambda T, _: max(1, -(-T // 2))
+        "nsa_port.kernels.triton.selected_backward.query_chunk", lambda T, *_: max(1, -(-T // 2))
     )
     always = {"fewest_queries": 0, "largest_group": 64, "segment": 8}
     with tuned_to({"selected_by_block": always, "selected_backward": {"segment": 8}}):

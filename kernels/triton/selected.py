@@ -43,6 +43,8 @@ from nsa_port.kernels.triton.tiles import LOG_2, dot, dot_split, load_rows, stor
 
 PARTIAL_BYTES = 2**30
 """Room for the partial results of the queries that are worked on at a time."""
+HOPPER_BYTES = 2**31
+"""The same for the forward's kernels for Hopper, for fewer launches."""
 
 
 def selected_attention(
@@ -190,24 +192,27 @@ def _by_block_hopper(
 ) -> bool:
     """Attend by block with the kernels written for Hopper; False where they do not take this."""
     values = hopper_values("hopper_by_block", q, k, v) if scale > 0 else None
-    if values is None:
+    merging = hopper_values("hopper_merge", q, k, v)
+    if values is None or merging is None:
         return False
     # Not at the top: Gluon is there for Hopper alone.
     from nsa_port.kernels.triton import selected_by_block_tma, selected_merge_hopper
 
     B, T, H, _ = q.shape
     S, HK, Dv = v.shape[1:]
-    G, m, n = H // HK, config.select_block_size, config.num_selected
-    heads = next_power_of_2(G)
+    m, n = config.select_block_size, config.num_selected
+    heads = next_power_of_2(H // HK)
     if not 4 <= heads <= 16 or m != selected_by_block_tma.SELECT:
         return False
-    if T < values[f"fewest_queries_{heads}"]:
+    if heads == 16 and values["fewest_of_large"] > T:
         return False
     size = 64 // heads
     tiles = cut_tiles(T, size, layout.cu_seqlens)
-    shares = share_blocks(indices, bounds, m, tiles, size, values[f"least_sharing_{heads}"], True)
-    # Whole tiles, as far as these do not belong to packed sequences.
-    chunk = cdiv(query_chunk(T, B * HK * heads * n * (Dv * q.element_size() + 4)), size) * size
+    least = max(2, cdiv(values["least_sharing"] * size, 16))
+    shares = share_blocks(indices, bounds, m, tiles, size, least, True)
+    # Whole tiles, as far as packed sequences do not cut others.
+    row_bytes = Dv * q.element_size() + 4
+    chunk = cdiv(query_chunk(T, B * HK * heads * n * row_bytes, HOPPER_BYTES), size) * size
     shape = (B, HK, chunk, n, heads)
     partial_out = torch.empty((*shape, Dv), dtype=q.dtype, device=q.device)
     partial_lse = torch.empty(shape, dtype=torch.float32, device=q.device)
@@ -216,15 +221,16 @@ def _by_block_hopper(
     for first in range(0, T, chunk):
         count = min(chunk, T - first)
         lists = block_lists(
-            shares.own, bounds, S, key_sequences, m, first, count, values["segment"]
+            shares.own, bounds, S, key_sequences, m, first, count, values["segment_tiles"] * size
         )
+        # What no slot of the lists fills weighs nothing.
         partial_lse.fill_(float("-inf"))
         selected_by_block_tma.attend(
             q, k, v, shares.own, lists, first, partial_out, partial_lse, scale, heads, values
         )
         selected_merge_hopper.attend(
             q, k, v, shares, tiles, sequences, bounds, first, first + count - 1, partial_out,
-            partial_lse, scale, heads, out, lse, values,
+            partial_lse, scale, heads, out, lse, merging,
         )  # fmt: skip
     return True
 
@@ -332,9 +338,9 @@ def _kernel_by_block(
     return _by_block_kernel, {**dims, "BLOCK_M": values["BLOCK_M"], **launch_options(values)}
 
 
-def query_chunk(num_queries: int, bytes_per_query: int) -> int:
+def query_chunk(num_queries: int, bytes_per_query: int, room: int = PARTIAL_BYTES) -> int:
     """How many queries to work on at a time so that their partial results fit, in equal parts."""
-    most = max(64, PARTIAL_BYTES // bytes_per_query)
+    most = max(64, room // bytes_per_query)
     return cdiv(num_queries, cdiv(num_queries, most))
 
 

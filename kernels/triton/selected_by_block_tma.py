@@ -86,10 +86,9 @@ def attend(
         K_MAIN=key.main,
         K_REST=key.rest,
         V_MAIN=value.main,
-        STAGES=values["row_stages"],
+        STAGES=values["num_stages"],
         KEY_STAGES=values["key_stages"],
-        EXP=values.get("exp", 0),
-        num_warps=4,
+        num_warps=values["num_warps"],
     )
 
 
@@ -117,7 +116,8 @@ def _items_kernel(
     row = gl.load(rows + i_row, mask=m_some, other=0)
     gl.store(items + o_work * 4, row, mask=m_work)
     gl.store(items + o_work * 4 + 1, i_group, mask=m_work)
-    gl.store(items + o_work * 4 + 2, start, mask=m_work)
+    # Surplus items start anywhere, and the kernel looks ahead to where items start.
+    gl.store(items + o_work * 4 + 2, gl.where(m_some, start, 0), mask=m_work)
     gl.store(items + o_work * 4 + 3, count, mask=m_work)
 
 
@@ -126,7 +126,7 @@ def _hopper_by_block_kernel(
     q, q_main, q_rest, k_main, k_rest, v_main, items, entries, partial_out, partial_lse, scale_log2,
     work, first_query, queries, HK, G, stride_qb, stride_qt, stride_qh,
     SLOTS: gl.constexpr, HEADS: gl.constexpr, K_MAIN: gl.constexpr, K_REST: gl.constexpr,
-    V_MAIN: gl.constexpr, STAGES: gl.constexpr, KEY_STAGES: gl.constexpr, EXP: gl.constexpr,
+    V_MAIN: gl.constexpr, STAGES: gl.constexpr, KEY_STAGES: gl.constexpr,
 ):  # fmt: skip
     """One program of as many as the device has multiprocessors: every so manieth work item.
 
@@ -166,12 +166,12 @@ def _hopper_by_block_kernel(
             (
                 _consume,
                 (buffers, ready, lists, results,
-                 0, SLOTS, HEADS, K_REST, V_MAIN, STAGES, KEY_STAGES, EXP),
+                 0, SLOTS, HEADS, K_REST, V_MAIN, STAGES, KEY_STAGES),
             ),
             (
                 _consume,
                 (buffers, ready, lists, results,
-                 1, SLOTS, HEADS, K_REST, V_MAIN, STAGES, KEY_STAGES, EXP),
+                 1, SLOTS, HEADS, K_REST, V_MAIN, STAGES, KEY_STAGES),
             ),
             (
                 _fetch,
@@ -314,7 +314,7 @@ def _copy_rows(
 def _consume(
     buffers, ready, lists, results,
     WHO: gl.constexpr, SLOTS: gl.constexpr, HEADS: gl.constexpr, K_REST: gl.constexpr,
-    V_MAIN: gl.constexpr, STAGES: gl.constexpr, KEY_STAGES: gl.constexpr, EXP: gl.constexpr,
+    V_MAIN: gl.constexpr, STAGES: gl.constexpr, KEY_STAGES: gl.constexpr,
 ):  # fmt: skip
     """A multiplying warpgroup: every second tile of all that the program works on."""
     q_buffer, q_rest_buffer, k_buffer, k_rest_buffer, v_buffer = buffers
@@ -379,15 +379,9 @@ def _consume(
                 b_out *= gl.convert_layout(1.0 / b_sum, gl.SliceLayout(1, by_value))[:, None]
                 b_out = to_partials(b_out.to(dtype), HEADS, LAYOUT)
                 o_out = b_listed.to(gl.int64) * (HEADS * V_MAIN)
-                if EXP == 0:
-                    gl.store(p_out + o_out[:, None] + o_inside[None, :], b_out,
-                             mask=(o_listed < count)[:, None])  # fmt: skip
-                if EXP == 1:
-                    gl.store(p_out + o_out[:, None] + o_inside[None, :], b_out,
-                             mask=(o_listed < count)[:, None], cache_modifier=".cs")  # fmt: skip
-                if EXP == 2:
-                    gl.store(p_out + o_out[:, None] + o_inside[None, :], b_out,
-                             mask=(o_listed < count - 1000)[:, None])  # fmt: skip
+                # Nobody reads them before the next kernel: they make room for the queries' rows.
+                gl.store(p_out + o_out[:, None] + o_inside[None, :], b_out,
+                         mask=(o_listed < count)[:, None], cache_modifier=".cs")  # fmt: skip
                 i_stage += 2
                 m_wrap = i_stage >= STAGES
                 i_stage = gl.where(m_wrap, WHO, i_stage)

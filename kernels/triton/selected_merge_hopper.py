@@ -98,7 +98,7 @@ def attend(
         K_REST=key.rest,
         V_MAIN=value.main,
         STAGES=values["num_stages"],
-        num_warps=4,
+        num_warps=values["num_warps"],
         maxnreg=65536 // (256 * values["programs"]),
     )
 
