@@ -39,9 +39,7 @@ def describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor | None
     return TensorDescriptor(tensor, shape, [*strides, 1], [1, rows, 1, columns], TILE)
 
 
-def describe_heads(
-    tensor: Tensor, rows: int, heads: int, columns: int
-) -> TensorDescriptor | None:
+def describe_heads(tensor: Tensor, rows: int, heads: int, columns: int) -> TensorDescriptor | None:
     """`[B, T, H, D]` as tiles of `rows` tokens, `heads` heads and 64 columns; None for none."""
     if columns == 0:
         return None

@@ -7,6 +7,7 @@ leave from registers, see `partials_hopper`.
 
 from __future__ import annotations
 
+import torch
 import triton.experimental.gluon as gluon
 import triton.experimental.gluon.language as gl
 from torch import Tensor
@@ -18,8 +19,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-
-import torch
 
 from nsa_port.kernels.tables import Values
 from nsa_port.kernels.triton.hopper import copy_tile, describe_heads, next_stage
@@ -242,9 +241,7 @@ def _fetch(
             items, i_work + 2 * gl.num_programs(0), work
         )
         next_listed = _load_entries(entries, next_start, 0, next_count, o_entry, SCALARS)
-        next_following = _load_entries(
-            entries, next_start, QUERIES, next_count, o_entry, SCALARS
-        )
+        next_following = _load_entries(entries, next_start, QUERIES, next_count, o_entry, SCALARS)
         if count > 0:
             i_batch, i_kv = i_group // HK, i_group % HK
             filled = k_ready.index(i_keys)

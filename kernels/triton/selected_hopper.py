@@ -194,7 +194,9 @@ def _fetch(
             q_parity ^= 1
             filled = q_ready.index(0)
             mbarrier.expect(filled, 2 * 64 * (K_MAIN + K_REST))
-            copy_tile(q_main, i_batch, first, i_kv * G, 0, filled, q_buffer.index(0), K_MAIN, 4, 16, 0)
+            copy_tile(
+                q_main, i_batch, first, i_kv * G, 0, filled, q_buffer.index(0), K_MAIN, 4, 16, 0
+            )
             if K_REST:
                 copy_tile(q_rest, i_batch, first, i_kv * G, K_MAIN, filled, q_rest_buffer.index(0),
                       K_REST, 4, 16, 0)  # fmt: skip
@@ -382,7 +384,6 @@ def _consume(
     by_key: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     by_value: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V_MAIN, 16])
     row: gl.constexpr = gl.SliceLayout(1, by_key)
-    out_row: gl.constexpr = gl.SliceLayout(1, by_value)
     # The same registers hold the same numbers in both: rows of a warp are the heads of a query.
     batch: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8])
     batch_row: gl.constexpr = gl.SliceLayout(2, batch)

@@ -18,7 +18,13 @@ from nsa_port.kernels.triton.bounds import QueryBounds, Tiles
 from nsa_port.kernels.triton.hopper import copy_tile, describe_heads, next_stage
 from nsa_port.kernels.triton.host import LOG2_E, multiprocessors, next_power_of_2, split_head
 from nsa_port.kernels.triton.partials_hopper import from_partials, layout_of_partials
-from nsa_port.kernels.triton.selected_hopper import SELECT, attend_block, fetch_block, load_block, tile_at
+from nsa_port.kernels.triton.selected_hopper import (
+    SELECT,
+    attend_block,
+    fetch_block,
+    load_block,
+    tile_at,
+)
 from nsa_port.kernels.triton.sharing import SharedBlocks
 
 
@@ -230,8 +236,8 @@ def _fetch(
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """The fetching warp: fill every buffer as soon as it is free."""
-    q_buffer, q_rest_buffer, k_buffer, k_rest_buffer, v_buffer = buffers
-    q_ready, k_ready, v_ready = ready
+    q_buffer, q_rest_buffer = buffers[0], buffers[1]
+    q_ready = ready[0]
     shared, counts, kept = lists
     HK, first_query = where[3], where[7]
     QUERIES: gl.constexpr = 64 // HEADS
@@ -329,8 +335,7 @@ def _consume(
     K_REST: gl.constexpr, V_MAIN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The multiplying warpgroup."""
-    _, _, k_buffer, _, v_buffer = buffers
-    q_ready, k_ready, v_ready = ready
+    q_ready = ready[0]
     out, lse, lower, upper, stride_bounds = results
     shared, counts, kept = lists
     T, HK, first_query, end_query = where[2], where[3], where[7], where[8]
@@ -363,8 +368,8 @@ def _consume(
             m_lse = gl.convert_layout(m_query, slot_row)[:, None] & (o_slot < SLOTS)[None, :]
             p_lse = partial_lse + o_lse[:, None] + (o_slot * HEADS)[None, :]
             b_lse = gl.load(p_lse, mask=m_lse, other=float("-inf"))
-            # The condition always holds. It is there because the compiler takes what a loop carries,
-            # and uses for nothing but the bounds of loops in it, for constant.
+            # This always holds. It is there because the compiler takes what a loop carries, and uses
+            # for nothing but the bounds of loops in it, for constant.
             m_any = (whole_count | shared_count | own_count) >= 0
             mbarrier.wait(q_ready.index(0), q_parity, pred=m_any)
             q_parity ^= 1
