@@ -14,9 +14,10 @@ reads each file once.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -73,17 +74,25 @@ def tuned_to(changes: Mapping[str, Mapping[str, int]]) -> Iterator[None]:
 
     It holds for the whole process and is meant for trying values out.
     """
-    global _changes
-    before = _changes
-    kernels = {*before, *changes}
-    _changes = {kernel: {**before.get(kernel, {}), **changes.get(kernel, {})} for kernel in kernels}
+    global _changes, _number
+    before = _changes, _number
+    kernels = {*_changes, *changes}
+    _changes = {k: {**_changes.get(k, {}), **changes.get(k, {})} for k in kernels}
+    _number = next(_numbers)
     try:
         yield
     finally:
-        _changes = before
+        _changes, _number = before
 
 
 _changes: Mapping[str, Mapping[str, int]] = {}
+_numbers = itertools.count()
+_number = next(_numbers)
+
+
+def state() -> Hashable:
+    """Equal at two times only if every kernel's values are the same at both."""
+    return _user_folder(), _number
 
 
 def load_table(arch: str) -> Table:

@@ -276,6 +276,54 @@ def test_a_visible_block_whose_score_underflows_is_still_a_candidate() -> None:
     assert chosen[0, 31, 0].tolist() == [0, 5, 7]
 
 
+SCORES = {
+    "random": lambda shape: torch.rand(shape),
+    "huge_spread": lambda shape: torch.exp2(torch.randint(-149, 120, shape).float()),
+    "equal": lambda shape: torch.full(shape, 0.25),
+    "zero": lambda shape: torch.zeros(shape),
+    "few_values": lambda shape: torch.randint(0, 4, shape).float(),
+    "best_of_few_groups": lambda shape: torch.rand(shape) + 9 * (torch.arange(shape[-1]) % 128 < 2),
+}
+
+
+@pytest.mark.parametrize(("blocks", "held"), [(1, 128), (40, 128), (700, 1024), (700, 256)])
+@pytest.mark.parametrize("config", [(16, 1, 2), (1, 0, 0), (2, 1, 1), (64, 0, 1)], ids=str)
+@pytest.mark.parametrize("scores", SCORES)
+def test_choice_is_exact_whatever_the_scores(
+    scores: str,
+    config: tuple[int, int, int],
+    blocks: int,
+    held: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Forced blocks, then the best ones, of equals the lower one; also where too many to hold."""
+    monkeypatch.setattr(selection, "_TOP_BLOCKS", (held,))
+    n, initial, local = config
+    torch.manual_seed(0)
+    T, B, HK = 1, 2, 2
+    block_config = NSAConfig(4, 4, 4, n, initial, local, 4)
+    layout = Layout(4 * blocks)
+    tiles = cut_tiles(T, 2, None)
+    half = -(-blocks // 4) * 4
+    own, carried = (SCORES[scores]((2 * tiles.count, B, HK, half)) for _ in range(2))
+    ranked = own + carried
+    ranked[..., 0] = own[..., 0]
+    ranked[..., :initial] = ranked[..., max(0, blocks - local) :] = torch.inf
+    wanted = ranked[..., :blocks].sort(stable=True, descending=True).indices[..., :n]
+    wanted = torch.nn.functional.pad(wanted.sort(-1).values, (0, n - wanted.shape[-1]), value=-1)
+    (both,) = on_device(torch.cat([own, carried], -1))
+    visible, causal = (
+        query_bounds(kind, T, rows, block_config, layout, torch.device(DEVICE))
+        for kind, rows in ((Kind.COMPRESSED, blocks), (Kind.CAUSAL, layout.num_keys))
+    )
+    (indices,) = on_device(torch.full((B, T, HK, n), -7, dtype=torch.int32))
+    found = selection.Scored(
+        both, 2 * half, True, True, tiles, 0, tiles.count, 2, visible, causal, blocks
+    )
+    selection.choose_blocks(indices, found, block_config)
+    assert torch.equal(indices.cpu()[:, 0].long(), wanted[0])
+
+
 @every_case
 def test_mean_compress_and_its_gradient_match_the_reference(case: Case) -> None:
     x = make_inputs(case).k_slc

@@ -81,15 +81,20 @@ def attend_selected(
     config: NSAConfig,
     layout: Layout,
     scale: float,
+    lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`selected_attention` with the causal bounds at hand, on the current device."""
+    """`selected_attention` with the causal bounds at hand, on the current device.
+
+    A given `lse`, contiguous, is written to.
+    """
     if not _serves(q, k, v, config):
-        return selected.attend_selected(q, k, v, indices, bounds, config, layout, scale)
+        return selected.attend_selected(q, k, v, indices, bounds, config, layout, scale, lse)
     B, T, H, Dk = q.shape
     HK, Dv = v.shape[2:]
     G = H // HK
     out = torch.empty((B, T, H, Dv), dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, T, H), dtype=torch.float32, device=q.device)
+    if lse is None:
+        lse = torch.empty((B, T, H), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
     chip = CHIPS[arch_of(q)]

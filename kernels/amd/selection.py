@@ -22,7 +22,10 @@ from nsa_port.kernels.geometry import NSAConfig
 from nsa_port.kernels.triton import selection
 from nsa_port.kernels.triton.bounds import tile_of
 from nsa_port.kernels.triton.host import arch_of, cdiv, next_power_of_2
-from nsa_port.kernels.triton.selection import FORCED, Scored, choose_blocks
+from nsa_port.kernels.triton.selection import Scored, choose_blocks
+
+FORCED = gl.constexpr(0x7F800000)
+"""The rank of a forced block: infinity's."""
 
 _HELD = 32
 """Blocks that a lane holds if that is enough; rows that are too long for it take twice as many."""

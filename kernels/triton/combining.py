@@ -14,9 +14,14 @@ from nsa_port.kernels.triton.host import (
     on_device_of,
     strides,
 )
+from nsa_port.kernels.triton.splitting import Splits, merge_row
 from nsa_port.kernels.triton.tiles import split_row
 
 _ROWS = 16
+_WIDTH = 64
+"""Columns that a program merges of a branch in splits."""
+
+_GATE_STRIDES = ["stride_gb", "stride_gt", "stride_gh", "stride_gg"]
 
 
 def combine(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor) -> Tensor:
@@ -44,6 +49,102 @@ def combine(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor) -> Tenso
                 num_warps=4,
             )
     return out
+
+
+def combine_splits(
+    o_cmp: Tensor,
+    slc: tuple[Splits, Tensor, Tensor],
+    win: tuple[Splits, Tensor, Tensor],
+    gates: Tensor,
+) -> Tensor:
+    """`combine` of branches of which two are still in splits; writes the lse of those.
+
+    Both are as `merge_splits` takes them, but that the outputs are not written.
+    """
+    B, T, H, Dv = o_cmp.shape
+    out = torch.empty_like(o_cmp)
+    with on_device_of(o_cmp):
+        _combine_splits_kernel[(B * T * H, cdiv(Dv, _WIDTH))](
+            o_cmp,
+            slc[0].out,
+            slc[0].lse,
+            slc[2],
+            win[0].out,
+            win[0].lse,
+            win[2],
+            gates,
+            out,
+            B * T * H,
+            T,
+            H,
+            slc[0].number,
+            win[0].number,
+            *gates.stride(),
+            SPLITS_SLC=slc[0].most,
+            SPLITS_WIN=win[0].most,
+            MERGE_SLC=slc[0].active,
+            MERGE_WIN=win[0].active,
+            DIM=Dv,
+            WIDTH=_WIDTH,
+            num_warps=max(1, min(4, max(slc[0].most, win[0].most) * _WIDTH // 512)),
+        )
+    return out
+
+
+@triton.jit(
+    do_not_specialize=["rows", "T", "splits_slc", "splits_win", *_GATE_STRIDES],
+    do_not_specialize_on_alignment=["lse_slc", "lse_win", "partial_lse_slc", "partial_lse_win"],
+)
+def _combine_splits_kernel(
+    o_cmp,
+    partial_slc,
+    partial_lse_slc,
+    lse_slc,
+    partial_win,
+    partial_lse_win,
+    lse_win,
+    gates,
+    out,
+    rows,
+    T,
+    H,
+    splits_slc,
+    splits_win,
+    stride_gb,
+    stride_gt,
+    stride_gh,
+    stride_gg,
+    SPLITS_SLC: tl.constexpr,
+    SPLITS_WIN: tl.constexpr,
+    MERGE_SLC: tl.constexpr,
+    MERGE_WIN: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """One program: `WIDTH` columns of one row, which is a query and head."""
+    i_row = tl.program_id(0)
+    o_batch, o_query, o_head = split_row(i_row, T, H)
+    p_gate = gates + o_batch * stride_gb + o_query * stride_gt + o_head * stride_gh
+    i_row = i_row.to(tl.int64)
+    o_column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    m_column = o_column < DIM
+    dtype: tl.constexpr = out.dtype.element_ty
+    b_term = tl.load(o_cmp + i_row * DIM + o_column, mask=m_column, other=0.0).to(tl.float32)
+    b_total = tl.load(p_gate).to(tl.float32) * b_term
+    b_term, row_lse = merge_row(
+        partial_slc, partial_lse_slc, i_row, rows, splits_slc, o_column, DIM, SPLITS_SLC
+    )
+    # Rounded as it is where branches are written.
+    b_total += tl.load(p_gate + stride_gg).to(tl.float32) * b_term.to(dtype).to(tl.float32)
+    if MERGE_SLC and tl.program_id(1) == 0:
+        tl.store(lse_slc + i_row, row_lse)
+    b_term, row_lse = merge_row(
+        partial_win, partial_lse_win, i_row, rows, splits_win, o_column, DIM, SPLITS_WIN
+    )
+    b_total += tl.load(p_gate + 2 * stride_gg).to(tl.float32) * b_term.to(dtype).to(tl.float32)
+    if MERGE_WIN and tl.program_id(1) == 0:
+        tl.store(lse_win + i_row, row_lse)
+    tl.store(out + i_row * DIM + o_column, b_total.to(dtype), mask=m_column)
 
 
 def combine_backward(
@@ -85,7 +186,7 @@ def combine_backward(
     return d_cmp, d_slc, d_win, dgates
 
 
-_NOT_SPECIALIZED = ["rows", "T", "stride_gb", "stride_gt", "stride_gh", "stride_gg"]
+_NOT_SPECIALIZED = ["rows", "T", *_GATE_STRIDES]
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)

@@ -19,6 +19,7 @@ from nsa_port.kernels.triton.host import (
 from nsa_port.kernels.triton.tiles import find_interval
 
 _ROWS = 16
+_TOKENS = 16
 
 
 def mean_compress(x: Tensor, config: NSAConfig, layout: Layout, num_blocks: int) -> Tensor:
@@ -27,21 +28,34 @@ def mean_compress(x: Tensor, config: NSAConfig, layout: Layout, num_blocks: int)
     `[B, num_blocks, HK, D]`; rows past the last block are 0.
     """
     with on_device_of(x):
-        return _launch(_mean_compress_kernel, x, config, layout, num_blocks)
+        tokens = min(_TOKENS, next_power_of_2(config.block_size))
+        return _launch(
+            _mean_compress_kernel, x, config, layout, num_blocks, 1, TOKENS=tokens, num_warps=1
+        )
 
 
 def mean_compress_backward(grad: Tensor, config: NSAConfig, layout: Layout) -> Tensor:
     """Each token's gradient is the sum over the blocks that hold it, over `l`."""
     with on_device_of(grad):
         return _launch(
-            _mean_compress_backward_kernel, last_contiguous(grad), config, layout, layout.num_keys
-        )
+            _mean_compress_backward_kernel, last_contiguous(grad), config, layout, layout.num_keys,
+            _ROWS, ROWS=_ROWS, num_warps=4,
+        )  # fmt: skip
 
 
 def _launch(
-    kernel: triton.JITFunction, x: Tensor, config: NSAConfig, layout: Layout, num_rows: int
+    kernel: triton.JITFunction,
+    x: Tensor,
+    config: NSAConfig,
+    layout: Layout,
+    num_rows: int,
+    rows: int,
+    **sizes: int,
 ) -> Tensor:
-    """Run either kernel: each row of the result is a mean over a few rows of `x`."""
+    """Run either kernel: each row of the result is a mean over a few rows of `x`.
+
+    A program has `rows` of them, each a KV head of a block or token.
+    """
     B, num_inputs, HK, D = x.shape
     y = torch.empty((B, num_rows, HK, D), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
@@ -53,7 +67,7 @@ def _launch(
         cu_tokens = layout.cu_seqlens_k.contiguous()
         cu_blocks = layout.compressed_cu_seqlens(config)
         sequences = cu_tokens.shape[0] - 1
-    kernel[(cdiv(num_rows * HK, _ROWS) * B,)](
+    kernel[(cdiv(num_rows * HK, rows) * B,)](
         x,
         y,
         cu_tokens,
@@ -69,8 +83,7 @@ def _launch(
         *strides(x),
         DIM=D,
         WIDTH=next_power_of_2(D),
-        ROWS=_ROWS,
-        num_warps=4,
+        **sizes,
     )
     return y
 
@@ -97,37 +110,41 @@ def _mean_compress_kernel(
     stride_xh,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
-    """One program: `ROWS` rows of `y`, each a KV head of a compressed block."""
-    programs = tl.cdiv(num_rows * HK, ROWS)
-    i_batch = (tl.program_id(0) // programs).to(tl.int64)
-    o_row = (tl.program_id(0) % programs) * ROWS + tl.arange(0, ROWS)
-    m_row = o_row < num_rows * HK
-    o_block = o_row // HK
+    """One program: a KV head of a compressed block.
+
+    `TOKENS` of the block are read at once: one after the other would be waited for one by one.
+    """
+    rows = num_rows * HK
+    i_batch = (tl.program_id(0) // rows).to(tl.int64)
+    i_row = tl.program_id(0) % rows
+    i_block = i_row // HK
     if cu_tokens is None:
-        b_token = o_block * block_stride
-        b_stop = tl.zeros_like(o_block) + num_tokens
+        first = i_block * block_stride
+        stop = num_tokens
     else:
-        b_sequence = find_interval(cu_blocks + 1, o_block, num_sequences, search_steps)
-        m_known = m_row & (b_sequence < num_sequences)
-        b_block = o_block - tl.load(cu_blocks + b_sequence, mask=m_known, other=0)
-        b_token = tl.load(cu_tokens + b_sequence, mask=m_known, other=0) + b_block * block_stride
-        b_stop = tl.load(cu_tokens + b_sequence + 1, mask=m_known, other=0)
+        b_sequence = find_interval(
+            cu_blocks + 1, i_block + tl.arange(0, 1), num_sequences, search_steps
+        )
+        m_known = b_sequence < num_sequences
+        b_block = i_block - tl.load(cu_blocks + b_sequence, mask=m_known, other=0)
+        b_first = tl.load(cu_tokens + b_sequence, mask=m_known, other=0) + b_block * block_stride
+        first = tl.sum(b_first, 0)
+        stop = tl.sum(tl.load(cu_tokens + b_sequence + 1, mask=m_known, other=0), 0)
     # A block that the sequence does not fill is past the last: 0.
-    m_block = m_row & (b_token >= 0) & (b_token + block_size <= tl.minimum(b_stop, num_inputs))
+    is_block = (first >= 0) & (first + block_size <= tl.minimum(stop, num_inputs))
     o_column = tl.arange(0, WIDTH)
-    p_x = (
-        x + i_batch * stride_xb + (o_row % HK).to(tl.int64)[:, None] * stride_xh + o_column[None, :]
-    )
-    m_tile = m_block[:, None] & (o_column < DIM)[None, :]
-    total = tl.zeros([ROWS, WIDTH], tl.float32)
-    for i_token in range(block_size):
-        o_token = (b_token + i_token).to(tl.int64)
+    p_x = x + i_batch * stride_xb + (i_row % HK).to(tl.int64) * stride_xh + o_column[None, :]
+    total = tl.zeros([TOKENS, WIDTH], tl.float32)
+    for i_token in range(0, tl.where(is_block, block_size, 0), TOKENS):
+        o_inside = i_token + tl.arange(0, TOKENS)
+        m_tile = (o_inside < block_size)[:, None] & (o_column < DIM)[None, :]
+        o_token = (first + o_inside).to(tl.int64)
         total += tl.load(p_x + o_token[:, None] * stride_xt, mask=m_tile, other=0.0).to(tl.float32)
-    o_out = (i_batch * num_rows * HK + o_row)[:, None] * DIM + o_column[None, :]
-    m_tile = m_row[:, None] & (o_column < DIM)[None, :]
-    tl.store(y + o_out, (total / block_size).to(y.dtype.element_ty), mask=m_tile)
+    b_mean = tl.sum(total, 0) / block_size
+    p_out = y + (i_batch * rows + i_row) * DIM + o_column
+    tl.store(p_out, b_mean.to(y.dtype.element_ty), mask=o_column < DIM)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)

@@ -25,7 +25,7 @@ from nsa_port.kernels.triton.host import (
     strides,
     tuned,
 )
-from nsa_port.kernels.triton.splitting import merge_splits, split_keys, split_range
+from nsa_port.kernels.triton.splitting import Merge, merge_splits, split_keys, split_range
 from nsa_port.kernels.triton.tiles import (
     LOG_2,
     dot,
@@ -62,16 +62,20 @@ def interval_attention(
     layout: Layout,
     scale: float,
     most_keys: int | None = None,
+    lse: Tensor | None = None,
+    merge: Merge = merge_splits,
 ) -> tuple[Tensor, Tensor]:
     """Softmax over each query's interval of key rows. `out [B, T, H, Dv]`, `lse [B, T, H]`.
 
-    No query sees more than `most_keys` rows.
+    No query sees more than `most_keys` rows. A given `lse`, contiguous, is written to. Both are
+    there once `merge` has been called and has merged them.
     """
     B, T, H, Dk = q.shape
     HK, Dv = v.shape[2:]
     G = H // HK
     out = torch.empty((B, T, H, Dv), dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, T, H), dtype=torch.float32, device=q.device)
+    if lse is None:
+        lse = torch.empty((B, T, H), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
     values = hopper_values("hopper_forward", q, k, v) if scale > 0 else None
@@ -83,6 +87,9 @@ def interval_attention(
     config = tuned(arch_of(q), "interval_forward", q.element_size(), Dk, Dv)
     # Few queries, as in decoding: fill the tile with the heads that share these keys instead.
     heads = G if config["BLOCK_M"] >= T * 2 and config["BLOCK_M"] >= G else 1
+    few = config.pop("few_rows", 0), config.pop("few_warps", 0)
+    if heads > 1 and few[0] >= T * G:
+        config["BLOCK_M"], config["num_warps"] = few
     tiles = cut_tiles(T, config["BLOCK_M"] // heads, layout.cu_seqlens)
     programs = tiles.count * B * (H // heads)
     splits = split_keys(programs, k.shape[1], most_keys, out, lse)
@@ -112,7 +119,7 @@ def interval_attention(
         **split_arguments(split_head(Dk), split_head(Dv)),
         **config,
     )
-    merge_splits(splits, out, lse)
+    merge(splits, out, lse)
     return out, lse
 
 
@@ -147,7 +154,10 @@ def _is_addressable(tensor: Tensor) -> bool:
     return True
 
 
-@triton.jit(do_not_specialize=["T", "tiles", "splits", "stride_bounds"])
+@triton.jit(
+    do_not_specialize=["T", "tiles", "splits", "stride_bounds"],
+    do_not_specialize_on_alignment=["lse"],
+)
 def _interval_forward_kernel(
     q,
     k,

@@ -36,6 +36,7 @@ from nsa_port.kernels.triton.host import (
 )
 from nsa_port.kernels.triton.interval import hopper_values
 from nsa_port.kernels.triton.preparation import backward_rows
+from nsa_port.kernels.triton.sums import sum_parts
 from nsa_port.kernels.triton.tiles import (
     dot,
     dot_split,
@@ -241,9 +242,7 @@ def _key_gradients(problem: Problem, cu_rows: Tensor | None) -> tuple[Tensor, Te
                 **split_arguments(split_head(Dk, widest), split_head(Dv, widest)),
                 **values,
             )
-    if splits == 1:
-        return dk[0], dv[0]
-    return dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype)
+    return sum_parts(dk, dv, k.dtype)
 
 
 def _splits(programs: int, G: int) -> int:

@@ -6,6 +6,8 @@ tile's probabilities with its values while it takes the exponentials of the next
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton.experimental.gluon as gluon
 import triton.experimental.gluon.language as gl
 from torch import Tensor
@@ -32,6 +34,23 @@ from nsa_port.kernels.triton.hopper import (
 from nsa_port.kernels.triton.host import LOG2_E, multiprocessors, split_head
 
 
+class SumWith(NamedTuple):
+    """What is added up with the result while it is at hand: Eq. 5 with the result as its last term.
+
+    Args:
+        first, second: the other terms, contiguous.
+        gates: `[B, T, H, 3]`, the result's the last.
+        out: receives the sum, in float32 until it is rounded.
+        keep: whether the result itself is written too.
+    """
+
+    first: Tensor
+    second: Tensor
+    gates: Tensor
+    out: Tensor
+    keep: bool
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -42,9 +61,11 @@ def attend(
     out: Tensor,
     lse: Tensor,
     values: Values,
+    sum_with: SumWith | None = None,
 ) -> None:
     """Fill `out` and `lse` with the softmax over each query's interval; `scale` is positive."""
     B, T, H, Dk = q.shape
+    first, second, gates, total_out, keep = sum_with or (None, None, None, None, True)
     key, value = split_head(Dk), split_head(v.shape[3])
     block_n = values["BLOCK_N"]
     queries, heads = queries_and_heads(q, v.shape[2])
@@ -63,6 +84,10 @@ def attend(
         key_ranges(bounds, tiles, queries, block_n),
         out,
         lse,
+        first,
+        second,
+        gates,
+        total_out,
         scale * LOG2_E,
         T,
         H,
@@ -71,6 +96,8 @@ def attend(
         total,
         bounds.stride,
         0 if bounds.stride == 0 else tiles.count * 4,
+        *((0, 0, 0, 0) if gates is None else gates.stride()),
+        KEEP=keep,
         K_MAIN=key.main,
         K_REST=key.rest,
         V_MAIN=value.main,
@@ -82,10 +109,13 @@ def attend(
     )
 
 
-_LENGTHS = ["T", "tiles", "total", "stride_bounds", "stride_spans"]
+_LENGTHS = [
+    "T", "tiles", "total", "stride_bounds", "stride_spans", "stride_gb", "stride_gt", "stride_gh",
+    "stride_gg",
+]  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=_LENGTHS)
+@gluon.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=["lse"])
 def _hopper_forward_kernel(
     q_main,
     q_rest,
@@ -99,6 +129,10 @@ def _hopper_forward_kernel(
     spans,
     out,
     lse,
+    first,
+    second,
+    gates,
+    total_out,
     scale_log2,
     T,
     H,
@@ -107,6 +141,11 @@ def _hopper_forward_kernel(
     total,
     stride_bounds,
     stride_spans,
+    stride_gb,
+    stride_gt,
+    stride_gh,
+    stride_gg,
+    KEEP: gl.constexpr,
     K_MAIN: gl.constexpr,
     K_REST: gl.constexpr,
     V_MAIN: gl.constexpr,
@@ -147,17 +186,18 @@ def _hopper_forward_kernel(
     ready = (q_ready, k_ready, v_ready)
     where = (tile_first, spans, stride_spans, T, H, G, tiles, total)
     results = (out, lse, lower, upper, stride_bounds, tile_stop)
+    gated = (first, second, gates, total_out, stride_gb, stride_gt, stride_gh, stride_gg)
     gl.warp_specialize(
         [
             (
                 _consume,
-                (buffers, ready, where, results, scale_log2,
-                 0, K_MAIN, K_REST, V_MAIN, BLOCK_N, STAGES, ROW_STAGES, HEADS),
+                (buffers, ready, where, results, gated, scale_log2,
+                 0, KEEP, K_MAIN, K_REST, V_MAIN, BLOCK_N, STAGES, ROW_STAGES, HEADS),
             ),
             (
                 _consume,
-                (buffers, ready, where, results, scale_log2,
-                 1, K_MAIN, K_REST, V_MAIN, BLOCK_N, STAGES, ROW_STAGES, HEADS),
+                (buffers, ready, where, results, gated, scale_log2,
+                 1, KEEP, K_MAIN, K_REST, V_MAIN, BLOCK_N, STAGES, ROW_STAGES, HEADS),
             ),
             (
                 _fetch,
@@ -263,9 +303,9 @@ def _soften(
 
 @gluon.jit
 def _consume(
-    buffers, ready, where, results, scale_log2,
-    HALF: gl.constexpr, K_MAIN: gl.constexpr, K_REST: gl.constexpr, V_MAIN: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    buffers, ready, where, results, gated, scale_log2,
+    HALF: gl.constexpr, KEEP: gl.constexpr, K_MAIN: gl.constexpr, K_REST: gl.constexpr,
+    V_MAIN: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     ROW_STAGES: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
     """A multiplying warpgroup: its 64 queries of every tile."""
@@ -365,5 +405,26 @@ def _consume(
         o_query = first + OFFSET + gl.arange(0, 64, gl.SliceLayout(1, lanes))
         o_row = ((i_batch.to(gl.int64) * T + o_query) * H + i_head) * V_MAIN
         o_column = gl.arange(0, V_MAIN, gl.SliceLayout(0, lanes))
-        p_out = out + o_row[:, None] + o_column[None, :]
-        gl.store(p_out, b_out, mask=(o_query < last)[:, None])
+        o_out = o_row[:, None] + o_column[None, :]
+        m_row = o_query < last
+        if KEEP:
+            gl.store(out + o_out, b_out, mask=m_row[:, None])
+        if gated[2] is not None:
+            _store_sum(b_out, o_out, i_batch, o_query, i_head, m_row, gated)
+
+
+@gluon.jit
+def _store_sum(b_out, o_out, i_batch, o_query, i_head, m_row, gated):
+    """Store the gated sum of the other terms' rows and these."""
+    first, second, gates, total_out, stride_gb, stride_gt, stride_gh, stride_gg = gated
+    o_gate = i_batch.to(gl.int64) * stride_gb + o_query.to(gl.int64) * stride_gt
+    p_gate = gates + o_gate + i_head.to(gl.int64) * stride_gh
+    b_gate = gl.load(p_gate, mask=m_row, other=0.0).to(gl.float32)
+    b_term = gl.load(first + o_out, mask=m_row[:, None], other=0.0)
+    b_total = b_gate[:, None] * b_term.to(gl.float32)
+    b_gate = gl.load(p_gate + stride_gg, mask=m_row, other=0.0).to(gl.float32)
+    b_term = gl.load(second + o_out, mask=m_row[:, None], other=0.0)
+    b_total += b_gate[:, None] * b_term.to(gl.float32)
+    b_gate = gl.load(p_gate + 2 * stride_gg, mask=m_row, other=0.0).to(gl.float32)
+    b_total += b_gate[:, None] * b_out.to(gl.float32)
+    gl.store(total_out + o_out, b_total.to(b_out.dtype), mask=m_row[:, None])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nsa_port.kernels.triton.bounds import QueryBounds
 from nsa_port.kernels.triton.host import cdiv, next_power_of_2
-from nsa_port.kernels.triton.tiles import split_row
+from nsa_port.kernels.triton.tiles import named_before, split_row
 
 _PARTS = 512
 """At most so many parts: with them the counts take memory linear in the length."""
@@ -28,6 +28,7 @@ _PART_QUERIES = 16
 _ROWS = 16
 _SCAN_PARTS = 64
 _SCAN_BINS = 32
+_SEGMENT_BINS = 512
 
 
 def block_rows(indices: Tensor, bounds: QueryBounds, select_block_size: int) -> Tensor:
@@ -93,9 +94,7 @@ def _block_rows_kernel(
     # Not by comparing rows, which may overflow for an index that is far out of range.
     b_blocks = tl.cdiv(b_stop - b_first, select_block_size)
     m_block = (b_block >= 0) & (b_block < b_blocks[:, None])
-    m_before = o_slot[None, :] < o_slot[:, None]
-    m_same = (b_block[:, :, None] == b_block[:, None, :]) & m_before[None, :, :]
-    m_block &= tl.max(m_same.to(tl.int32), 2) == 0
+    m_block &= named_before(b_block, o_slot) == 0
     b_row = tl.where(m_block, b_first[:, None] + b_block * select_block_size, -1)
     tl.store(rows + o_row.to(tl.int64)[:, None] * n + o_slot[None, :], b_row, mask=m_slot)
 
@@ -162,46 +161,58 @@ def block_lists(
     )  # fmt: skip
     grid = (parts * B * HK,)
     _count_kernel[grid](*common, SLOTS=slots, QUERIES=max(1, 256 // slots), num_warps=4)
-    _scan_kernel[(cdiv(bins, _SCAN_BINS),)](
-        offsets, counts, parts, bins, PARTS=_SCAN_PARTS, BINS=_SCAN_BINS, num_warps=4
-    )
     work = bins + entries.shape[0] // segment
     work_bins = torch.empty(work, dtype=torch.int32, device=device)
-    _segments_kernel[(1,)](
-        counts, starts, segment_ends, long_ends, work_bins, bins, work,
-        SEGMENT=segment, BINS=1024, num_warps=8,
+    _scan_kernel[(cdiv(bins, _SCAN_BINS),)](
+        offsets, counts, work_bins, parts, bins, work,
+        PARTS=_SCAN_PARTS, BINS=_SCAN_BINS, num_warps=4,
+    )  # fmt: skip
+    _segments_kernel[(cdiv(bins, _SEGMENT_BINS),)](
+        counts, starts, segment_ends, long_ends, work_bins, bins,
+        SEGMENT=segment, BINS=_SEGMENT_BINS, num_warps=4,
     )  # fmt: skip
     _fill_kernel[grid](*common, starts, entries, SLOTS=slots, num_warps=1)
     return BlockLists(entries, starts, counts, segment_ends, long_ends, work_bins, blocks, segment)
 
 
-@triton.jit(do_not_specialize=["bins", "work"])
+@triton.jit(do_not_specialize=["bins"])
 def _segments_kernel(
-    counts, starts, segment_ends, long_ends, work_bins, bins, work,
-    SEGMENT: tl.constexpr, BINS: tl.constexpr,
+    counts, starts, segment_ends, long_ends, work_bins, bins, SEGMENT: tl.constexpr,
+    BINS: tl.constexpr,
 ):  # fmt: skip
-    """The one program: where each bin's list starts, and which work items are its segments."""
-    entries, segments, long_segments = 0, 0, 0
-    for i_bin in range(0, bins, BINS):
-        o_bin = i_bin + tl.arange(0, BINS)
-        m_bin = o_bin < bins
-        b_count = tl.load(counts + o_bin, mask=m_bin, other=0)
-        tl.store(starts + o_bin, entries + tl.cumsum(b_count, 0) - b_count, mask=m_bin)
-        b_segments = (b_count + SEGMENT - 1) // SEGMENT
-        b_end = segments + tl.cumsum(b_segments, 0)
-        tl.store(segment_ends + o_bin, b_end, mask=m_bin)
-        b_long = tl.where(b_segments > 1, b_segments, 0)
-        tl.store(long_ends + o_bin, long_segments + tl.cumsum(b_long, 0), mask=m_bin)
-        for i_segment in range(tl.max(b_segments, 0)):
-            p_work = work_bins + b_end - b_segments + i_segment
-            tl.store(p_work, o_bin, mask=i_segment < b_segments)
-        entries += tl.sum(b_count, 0)
-        segments += tl.sum(b_segments, 0)
-        long_segments += tl.sum(b_long, 0)
-    for i_work in range(segments, work, BINS):
-        o_work = i_work + tl.arange(0, BINS)
-        b_none = tl.zeros([BINS], tl.int32) + bins
-        tl.store(work_bins + o_work, b_none, mask=o_work < work)
+    """One program: where the lists of `BINS` bins start, and which work items are their segments.
+
+    Each adds up all bins before its own: that is little, and all programs run at once.
+    """
+    o_bin = tl.arange(0, BINS)
+    b_entries = tl.zeros([BINS], tl.int32)
+    b_segments = tl.zeros([BINS], tl.int32)
+    b_long = tl.zeros([BINS], tl.int32)
+    for i_bin in range(0, tl.program_id(0) * BINS, BINS):
+        b_count = tl.load(counts + i_bin + o_bin)
+        b_number, b_of_long = _segments_of(b_count, SEGMENT)
+        b_entries += b_count
+        b_segments += b_number
+        b_long += b_of_long
+    o_bin += tl.program_id(0) * BINS
+    m_bin = o_bin < bins
+    b_count = tl.load(counts + o_bin, mask=m_bin, other=0)
+    b_number, b_of_long = _segments_of(b_count, SEGMENT)
+    b_start = tl.sum(b_entries, 0) + tl.cumsum(b_count, 0) - b_count
+    tl.store(starts + o_bin, b_start, mask=m_bin)
+    b_end = tl.sum(b_segments, 0) + tl.cumsum(b_number, 0)
+    tl.store(segment_ends + o_bin, b_end, mask=m_bin)
+    tl.store(long_ends + o_bin, tl.sum(b_long, 0) + tl.cumsum(b_of_long, 0), mask=m_bin)
+    for i_segment in range(tl.max(b_number, 0)):
+        p_work = work_bins + b_end - b_number + i_segment
+        tl.store(p_work, o_bin, mask=i_segment < b_number)
+
+
+@triton.jit
+def _segments_of(b_count, SEGMENT: tl.constexpr):
+    """How many segments lists of such lengths have; and the same, but 0 where it is just one."""
+    b_number = (b_count + SEGMENT - 1) // SEGMENT
+    return b_number, tl.where(b_number > 1, b_number, 0)
 
 
 _NOT_SPECIALIZED = [
@@ -261,9 +272,17 @@ def _count_kernel(
         tl.atomic_add(p_offsets + b_block, 1, mask=b_row >= 0, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["parts", "bins"])
-def _scan_kernel(offsets, counts, parts, bins, PARTS: tl.constexpr, BINS: tl.constexpr):
-    """One program: exclusive sums over the parts, in place, and the totals, of `BINS` bins."""
+@triton.jit(do_not_specialize=["parts", "bins", "work"])
+def _scan_kernel(
+    offsets, counts, work_bins, parts, bins, work, PARTS: tl.constexpr, BINS: tl.constexpr
+):  # fmt: skip
+    """One program: exclusive sums over the parts, in place, and the totals, of `BINS` bins.
+
+    All programs together say of every work item that it has no bin.
+    """
+    for i_work in range(tl.program_id(0) * BINS, work, tl.num_programs(0) * BINS):
+        o_work = i_work + tl.arange(0, BINS)
+        tl.store(work_bins + o_work, tl.zeros([BINS], tl.int32) + bins, mask=o_work < work)
     o_bin = tl.program_id(0) * BINS + tl.arange(0, BINS)
     m_bin = o_bin < bins
     total = tl.zeros([BINS], tl.int32)

@@ -37,7 +37,7 @@ from nsa_port.kernels.triton.host import (
 from nsa_port.kernels.triton.interval import hopper_values
 from nsa_port.kernels.triton.lists import block_keys, block_lists, load_work
 from nsa_port.kernels.triton.sharing import COUNTS, FIELDS, most_queries, share_blocks
-from nsa_port.kernels.triton.splitting import merge_splits, split_keys, split_range
+from nsa_port.kernels.triton.splitting import Merge, merge_splits, split_keys, split_range
 from nsa_port.kernels.triton.tiles import LOG2_E as LOG2_E_DEVICE
 from nsa_port.kernels.triton.tiles import LOG_2, dot, dot_split, load_rows, store_rows
 
@@ -71,12 +71,18 @@ def attend_selected(
     config: NSAConfig,
     layout: Layout,
     scale: float,
+    lse: Tensor | None = None,
+    merge: Merge = merge_splits,
 ) -> tuple[Tensor, Tensor]:
-    """`selected_attention` with the causal bounds at hand, on the current device."""
+    """`selected_attention` with the causal bounds at hand, on the current device.
+
+    A given `lse`, contiguous, is written to. Results are there once `merge` has merged them.
+    """
     B, T, H, Dk = q.shape
     HK, Dv = v.shape[2:]
     out = torch.empty((B, T, H, Dv), dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, T, H), dtype=torch.float32, device=q.device)
+    if lse is None:
+        lse = torch.empty((B, T, H), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
     if _by_block_hopper(q, k, v, indices, bounds, config, layout, scale, out, lse):
@@ -84,7 +90,7 @@ def attend_selected(
     values = tuned(arch_of(q), "selected_by_block", q.element_size(), Dk, Dv)
     by_block = values["largest_group"] >= H // HK and values["fewest_queries"] <= T
     least = values["least_sharing"] if by_block else 0
-    own = _by_tile(q, k, v, indices, bounds, config, layout, scale, out, lse, least)
+    own = _by_tile(q, k, v, indices, bounds, config, layout, scale, out, lse, least, merge)
     if by_block:
         _by_block(q, k, v, own, bounds, config, layout, scale, values, out, lse)
     return out, lse
@@ -102,6 +108,7 @@ def _by_tile(
     out: Tensor,
     lse: Tensor,
     leaving: int,
+    merge: Merge,
 ) -> Tensor:
     """Attend by tiles of queries; returns the rows of the blocks that are left, `[B, T, HK, n]`.
 
@@ -174,7 +181,7 @@ def _by_tile(
         OWN_N=own_n,
         **launch_options(values),
     )
-    merge_splits(splits, out, lse)
+    merge(splits, out, lse)
     return shares.own
 
 
@@ -215,7 +222,6 @@ def _by_block_hopper(
     chunk = cdiv(query_chunk(T, B * HK * heads * n * row_bytes, HOPPER_BYTES), size) * size
     shape = (B, HK, chunk, n, heads)
     partial_out = torch.empty((*shape, Dv), dtype=q.dtype, device=q.device)
-    partial_lse = torch.empty(shape, dtype=torch.float32, device=q.device)
     sequences = 1 if layout.cu_seqlens is None else layout.cu_seqlens.shape[0] - 1
     key_sequences = 1 if layout.cu_seqlens_k is None else layout.cu_seqlens_k.shape[0] - 1
     for first in range(0, T, chunk):
@@ -223,8 +229,8 @@ def _by_block_hopper(
         lists = block_lists(
             shares.own, bounds, S, key_sequences, m, first, count, values["segment_tiles"] * size
         )
-        # What no slot of the lists fills weighs nothing.
-        partial_lse.fill_(float("-inf"))
+        # What is in no list stays 0, which stands for none.
+        partial_lse = torch.zeros(shape, dtype=torch.float32, device=q.device)
         selected_by_block_tma.attend(
             q, k, v, shares.own, lists, first, partial_out, partial_lse, scale, heads, values
         )
@@ -344,7 +350,10 @@ def query_chunk(num_queries: int, bytes_per_query: int, room: int = PARTIAL_BYTE
     return cdiv(num_queries, cdiv(num_queries, most))
 
 
-@triton.jit(do_not_specialize=["tiles", "splits", "B", "T", "stride_bounds"])
+@triton.jit(
+    do_not_specialize=["tiles", "splits", "B", "T", "stride_bounds"],
+    do_not_specialize_on_alignment=["lse"],
+)
 def _by_query_kernel(
     q,
     k,

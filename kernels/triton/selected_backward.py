@@ -35,6 +35,7 @@ from nsa_port.kernels.triton.host import (
 from nsa_port.kernels.triton.lists import block_keys, block_lists, block_rows, load_work
 from nsa_port.kernels.triton.preparation import backward_rows
 from nsa_port.kernels.triton.selected import query_chunk
+from nsa_port.kernels.triton.sums import sum_parts
 from nsa_port.kernels.triton.tiles import dot, dot_split, load_rows, store_rows
 
 
@@ -93,10 +94,10 @@ def selected_gradients(
     add_dq = dq is not None
     if dq is None:
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dk = torch.zeros((B, S, HK, Dk), dtype=torch.float32, device=k.device)
-    dv = torch.zeros((B, S, HK, Dv), dtype=torch.float32, device=v.device)
+    dk = torch.zeros((1, B, S, HK, Dk), dtype=torch.float32, device=k.device)
+    dv = torch.zeros((1, B, S, HK, Dv), dtype=torch.float32, device=v.device)
     if dq.numel() == 0:
-        return dq, dk.to(k.dtype), dv.to(v.dtype)
+        return dq, dk[0].to(k.dtype), dv[0].to(v.dtype)
     with on_device_of(q):
         rows = block_rows(indices, bounds, config.select_block_size)
         values = tuned(arch_of(q), "selected_backward", q.element_size(), Dk, Dv)
@@ -206,7 +207,7 @@ def selected_gradients(
                 ADD=add_dq,
                 num_warps=4,
             )
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+        return dq, *sum_parts(dk, dv, k.dtype)
 
 
 def _kernel_for(

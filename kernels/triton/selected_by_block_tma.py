@@ -46,8 +46,9 @@ def attend(
 ) -> None:
     """Fill the partial results of the lists' entries.
 
-    `partial_out` is `[B, HK, queries, n, heads * Dv]`, ordered as in `partials_hopper`,
-    `partial_lse` the same without `Dv`, to base 2; `scale` is positive.
+    `partial_out` is `[B, HK, queries, n, heads * Dv]`, ordered as in `partials_hopper`;
+    `partial_lse` is the same without `Dv`, to base 2, never 0, and must have been 0 before. `scale`
+    is positive.
     """
     _, T, H, Dk = q.shape
     HK, Dv = v.shape[2:]
@@ -371,7 +372,9 @@ def _consume(
                 b_out = gl.zeros([64, V_MAIN], gl.float32, by_value)
                 b_out = warpgroup_mma(b_p, b_v, b_out, use_acc=False, is_async=True)
                 o_lse = b_entry.to(gl.int64) * HEADS + o_row % HEADS
-                gl.store(p_lse + o_lse, b_max + gl.log2(b_sum), mask=o_entry < count)
+                b_lse = b_max + gl.log2(b_sum)
+                b_lse = gl.where(b_lse == 0.0, 1e-30, b_lse)
+                gl.store(p_lse + o_lse, b_lse, mask=o_entry < count)
                 b_out, b_p = warpgroup_mma_wait(0, deps=(b_out, b_p))
                 b_out *= gl.convert_layout(1.0 / b_sum, gl.SliceLayout(1, by_value))[:, None]
                 b_out = to_partials(b_out.to(dtype), HEADS, LAYOUT)

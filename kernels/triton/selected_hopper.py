@@ -92,7 +92,10 @@ def attend(
     )
 
 
-@gluon.jit(do_not_specialize=["T", "S", "tiles", "total", "stride_bounds"])
+@gluon.jit(
+    do_not_specialize=["T", "S", "tiles", "total", "stride_bounds"],
+    do_not_specialize_on_alignment=["lse"],
+)
 def _hopper_selected_kernel(
     q_main, q_rest, k_main, k_main_part, k_rest, k_rest_part, v_main, v_main_part,
     tile_first, tile_stop, shared, counts, own, lower, upper, out, lse, scale_log2,

@@ -113,7 +113,8 @@ def attend(
     do_not_specialize=[
         "T", "tiles", "first_tile", "some_tiles", "total", "first_query", "end_query", "chunk",
         "stride_bounds",
-    ]
+    ],
+    do_not_specialize_on_alignment=["lse"],
 )  # fmt: skip
 def _hopper_merge_kernel(
     q_main, q_rest, k_main, k_rest, v_main, partials, partial_lse, tile_first, tile_stop, shared,
@@ -367,9 +368,10 @@ def _consume(
             o_lse = gl.convert_layout(o_lse * (SLOTS * HEADS) + o_head, slot_row)
             m_lse = gl.convert_layout(m_query, slot_row)[:, None] & (o_slot < SLOTS)[None, :]
             p_lse = partial_lse + o_lse[:, None] + (o_slot * HEADS)[None, :]
-            b_lse = gl.load(p_lse, mask=m_lse, other=float("-inf"))
-            # This always holds. It is there because the compiler takes what a loop carries, and uses
-            # for nothing but the bounds of loops in it, for constant.
+            b_lse = gl.load(p_lse, mask=m_lse, other=0.0)
+            b_lse = gl.where(b_lse == 0.0, float("-inf"), b_lse)
+            # This always holds. It is there because the compiler takes for constant what a loop
+            # carries and uses for nothing but the bounds of loops in it.
             m_any = (whole_count | shared_count | own_count) >= 0
             mbarrier.wait(q_ready.index(0), q_parity, pred=m_any)
             q_parity ^= 1

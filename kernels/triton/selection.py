@@ -30,30 +30,43 @@ from nsa_port.kernels.triton.host import (
     arch_of,
     cdiv,
     last_contiguous,
+    launch_options,
     next_power_of_2,
     on_device_of,
     split_head,
     strides,
     tuned,
 )
+from nsa_port.kernels.triton.tiles import (
+    LARGEST,
+    count_bits,
+    count_bits_of_four,
+    dot_split,
+    load_rows,
+)
 from nsa_port.kernels.triton.tiles import LOG2_E as LOG2_E_DEVICE
-from nsa_port.kernels.triton.tiles import dot_split, load_rows, split_row
 
 _SCORE_BYTES = 2**28
 """Room for the scores of the queries that are worked on at a time."""
 
-_TOP_BLOCKS = (128, 256, 512, 1024, 4096)
+_TOP_BLOCKS = (128, 256, 512, 1024, 2048, 4096)
 """Blocks a top-n program holds in registers; beyond the last it reads them again at each step."""
 
-_FEWEST_SLOTS = 16
-"""Groups of blocks from which the search starts; with 1 or 2, each lane would hold every block of
-its rows, and LLVM takes minutes, or does not end, over so many registers."""
+_HELD_BY_WARP = 1024
+"""Blocks that one warp holds, 32 in each lane."""
 
-_ALIGNED = 4
-"""A row of scores has a multiple of so many columns, so that they are loaded four at a time."""
+_FEW_QUERIES = 16
+"""Up to so many, as in decoding, a query's heads are the rows of a tile, not the queries of a head.
+"""
 
-FORCED = tl.constexpr(0x7F800000)
-"""The rank of a forced block: infinity's."""
+_FEW_HEADS = 32
+"""Larger groups fill a tile either way."""
+
+ALIGNED = tl.constexpr(4)
+"""A row of scores has a multiple of so many columns, and a lane holds blocks by as many."""
+
+FEW = tl.constexpr(4)
+"""So many blocks above the wanted ones are dropped one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +97,6 @@ def choose_blocks(indices: Tensor, found: Scored, config: NSAConfig) -> None:
     per_select = config.select_block_size // config.block_stride
     per_compressed = config.block_size // config.block_stride
     first_weight, weights = config.score_weights()
-    rows = found.count * found.block_m * B * HK
     tiles, visible, causal = found.tiles, found.visible, found.causal
     arguments = (
         found.scores,
@@ -95,7 +107,6 @@ def choose_blocks(indices: Tensor, found: Scored, config: NSAConfig) -> None:
         visible.upper if found.scored else visible.lower,
         causal.lower,
         causal.upper,
-        rows,
         found.first_tile,
         T,
         B,
@@ -103,34 +114,32 @@ def choose_blocks(indices: Tensor, found: Scored, config: NSAConfig) -> None:
         found.columns,
         visible.stride,
         causal.stride,
-        config.select_block_size,
         n,
-        config.init_blocks,
         config.local_blocks,
         first_weight,
         len(weights),
         per_compressed,
-        per_select,
     )
     width = next((size for size in _TOP_BLOCKS if found.blocks <= size), _TOP_BLOCKS[-1])
     form = {
+        "SELECT": config.select_block_size,
+        "PER_SELECT": per_select,
+        "INITIAL": config.init_blocks,
         "BLOCK_M": found.block_m,
-        "SLOTS": max(_FEWEST_SLOTS, next_power_of_2(n)),
+        "SLOTS": next_power_of_2(n),
         "FOLDED": found.folded,
-        "ALIGNED": _ALIGNED,
     }
     _compile_every_width(arguments, indices, config, form)
     held = found.blocks <= width
-    _top_blocks_kernel[(cdiv(rows, _rows_of(width)),)](*arguments, **form, **_width(width, held))
-
-
-def _rows_of(width: int) -> int:
-    return max(1, 1024 // width)
+    rows = found.count * found.block_m * B
+    _top_blocks_kernel[(rows, HK)](*arguments, **form, **_width(width, held))
 
 
 def _width(width: int, held: bool) -> dict[str, int]:
-    num_warps = max(1, width // 1024)
-    return {"BLOCK_J": width, "ROWS": _rows_of(width), "HELD": held, "num_warps": num_warps}
+    num_warps = max(1, width // _HELD_BY_WARP)
+    lanes = min(32 * num_warps, width // ALIGNED.value)
+    chunks = width // (lanes * ALIGNED.value)
+    return {"CHUNKS": chunks, "LANES": lanes, "HELD": held, "num_warps": num_warps}
 
 
 _compiled: set[tuple[Any, ...]] = set()
@@ -148,7 +157,7 @@ def _compile_every_width(
         return
     _compiled.add(key)
     for width, held in (*((size, True) for size in _TOP_BLOCKS), (_TOP_BLOCKS[-1], False)):
-        _top_blocks_kernel.warmup(*arguments, grid=(1,), **form, **_width(width, held))
+        _top_blocks_kernel.warmup(*arguments, grid=(1, 1), **form, **_width(width, held))
 
 
 def select_blocks(
@@ -203,12 +212,22 @@ def blocks_of(
     per_compressed = config.block_size // config.block_stride
     folded = config.score_map == "overlap" and block_n % per_select == 0 and _is_power(per_select)
     num_compressed = max(1, min(C, config.num_compressed(layout.num_keys)))
-    columns = cdiv(blocks if folded else num_compressed, _ALIGNED) * _ALIGNED
+    columns = cdiv(blocks if folded else num_compressed, ALIGNED.value) * ALIGNED.value
     columns *= 2 if folded else 1
     chunk = max(1, min(tiles.count, _SCORE_BYTES // (4 * B * HK * columns * block_m)))
     scores = torch.empty(
         (chunk * block_m, B, HK, columns) if scored else (1,), dtype=torch.float32, device=q.device
     )
+    form = {
+        "PER_SELECT": per_select,
+        "PER_COMPRESSED": per_compressed,
+        "FOLDED": folded,
+        "ALIGNED": ALIGNED.value,
+        "DIM_K": Dk,
+        "K_MAIN": split_head(Dk).main,
+        "K_REST": split_head(Dk).rest,
+    }
+    few = T <= _FEW_QUERIES and H // HK <= _FEW_HEADS and layout.cu_seqlens is None
     positions_known = layout.cu_seqlens is None and layout.positions is None
     for first_tile in range(0, tiles.count, chunk):
         count = min(chunk, tiles.count - first_tile)
@@ -217,7 +236,32 @@ def blocks_of(
             blocks = max(1, config.num_select_blocks(seen))
             num_compressed = max(1, min(C, config.num_compressed(seen)))
         key_tiles = cdiv(num_compressed, block_n)
-        if scored:
+        if scored and few:
+            _few_scores_kernel[(T * key_tiles * B * HK,)](
+                q,
+                k_cmp,
+                lse,
+                scores,
+                visible.lower,
+                visible.upper,
+                scale * LOG2_E,
+                T,
+                C,
+                B,
+                HK,
+                H // HK,
+                columns,
+                key_tiles,
+                visible.stride,
+                *strides(q),
+                *strides(k_cmp),
+                *strides(lse),
+                HEADS=max(16, next_power_of_2(H // HK)),
+                BLOCK_N=block_n,
+                **form,
+                **launch_options(tuned_scores),
+            )
+        elif scored:
             _block_scores_kernel[(count * key_tiles * B * HK,)](
                 q,
                 k_cmp,
@@ -240,13 +284,7 @@ def blocks_of(
                 *strides(q),
                 *strides(k_cmp),
                 *strides(lse),
-                PER_SELECT=per_select,
-                PER_COMPRESSED=per_compressed,
-                FOLDED=folded,
-                ALIGNED=_ALIGNED,
-                DIM_K=Dk,
-                K_MAIN=split_head(Dk).main,
-                K_REST=split_head(Dk).rest,
+                **form,
                 **tuned_scores,
             )
         found = Scored(
@@ -266,7 +304,7 @@ _LENGTHS = [
 ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=["lse"])
 def _block_scores_kernel(
     q,
     k,
@@ -354,26 +392,125 @@ def _block_scores_kernel(
     o_row = (i_tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     columns = tl.multiple_of(columns, ALIGNED)
     o_out = ((o_row * B + i_batch) * HK + i_kv) * columns
+    _store_scores(
+        scores + o_out, b_probability, m_row, i_key_tile, columns, PER_SELECT, PER_COMPRESSED,
+        FOLDED,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_scores(
+    p_rows, b_probability, m_row, i_key_tile, columns, PER_SELECT: tl.constexpr,
+    PER_COMPRESSED: tl.constexpr, FOLDED: tl.constexpr,
+):  # fmt: skip
+    """Store summed probabilities `[ROWS, BLOCK_N]`, folded into blocks or as they are."""
+    ROWS: tl.constexpr = b_probability.shape[0]
+    BLOCK_N: tl.constexpr = b_probability.shape[1]
     if FOLDED:
         BLOCKS: tl.constexpr = BLOCK_N // PER_SELECT
         o_inside = tl.arange(0, PER_SELECT)
         # Key i overlaps its own block by min(l / d, m / d - i), the next by the rest of l / d.
         own_weight = tl.minimum(PER_SELECT - o_inside, PER_COMPRESSED).to(tl.float32)
-        b_blocks = tl.reshape(b_probability, [BLOCK_M, BLOCKS, PER_SELECT])
+        b_blocks = tl.reshape(b_probability, [ROWS, BLOCKS, PER_SELECT])
         b_own = tl.sum(b_blocks * own_weight[None, None, :], 2)
         b_carried = tl.sum(b_blocks * (PER_COMPRESSED - own_weight)[None, None, :], 2)
         o_block = i_key_tile * BLOCKS + tl.arange(0, BLOCKS)
-        p_out = scores + o_out[:, None] + o_block[None, :]
+        p_out = p_rows[:, None] + o_block[None, :]
         tl.store(p_out, b_own, mask=m_row[:, None] & (o_block < columns // 2)[None, :])
         m_out = m_row[:, None] & (o_block + 1 < columns // 2)[None, :]
         tl.store(p_out + columns // 2 + 1, b_carried, mask=m_out)
     else:
         o_column = i_key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
         m_out = m_row[:, None] & (o_column < columns)[None, :]
-        tl.store(scores + o_out[:, None] + o_column[None, :], b_probability, mask=m_out)
+        tl.store(p_rows[:, None] + o_column[None, :], b_probability, mask=m_out)
 
 
-_LENGTHS = ["rows", "first_tile", "T", "B", "columns", "stride_visible", "stride_causal"]
+@triton.jit(
+    do_not_specialize=[
+        "T",
+        "C",
+        "B",
+        "columns",
+        "key_tiles",
+        "stride_bounds",
+        "stride_lb",
+        "stride_lt",
+    ],
+    do_not_specialize_on_alignment=["lse"],
+)
+def _few_scores_kernel(
+    q,
+    k,
+    lse,
+    scores,
+    lower,
+    upper,
+    scale_log2,
+    T,
+    C,
+    B,
+    HK,
+    G,
+    columns,
+    key_tiles,
+    stride_bounds,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_lb,
+    stride_lt,
+    HEADS: tl.constexpr,
+    PER_SELECT: tl.constexpr,
+    PER_COMPRESSED: tl.constexpr,
+    FOLDED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    DIM_K: tl.constexpr,
+    K_MAIN: tl.constexpr,
+    K_REST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DEPTH: tl.constexpr = 0,
+):
+    """One program: what `_block_scores_kernel` does, for one query, whose heads are the rows."""
+    i_query = (tl.program_id(0) // (key_tiles * B * HK)).to(tl.int64)
+    i_key_tile = tl.program_id(0) // (B * HK) % key_tiles
+    i_batch = (tl.program_id(0) // HK % B).to(tl.int64)
+    i_kv = (tl.program_id(0) % HK).to(tl.int64)
+    base = tl.load(lower + i_batch * stride_bounds + i_query) + i_key_tile * BLOCK_N
+    seen = tl.load(upper + i_batch * stride_bounds + i_query) - base
+    if seen <= 0:
+        return
+    o_inside = tl.arange(0, BLOCK_N)
+    o_k = (base + o_inside).to(tl.int64) * stride_ks
+    m_key = o_inside < tl.minimum(seen, C - base)
+    o_head = tl.arange(0, HEADS)
+    m_head = o_head < G
+    p_q = q + i_batch * stride_qb + i_query * stride_qt + i_kv * G * stride_qh
+    p_k = k + i_batch * stride_kb + i_kv * stride_kh
+    b_q = load_rows(p_q, o_head * stride_qh, m_head, 0, K_MAIN, DIM_K, True)
+    b_k = load_rows(p_k, o_k, m_key, 0, K_MAIN, DIM_K, True)
+    b_q_rest, b_k_rest = b_q, b_k
+    if K_REST:
+        b_q_rest = load_rows(p_q, o_head * stride_qh, m_head, K_MAIN, K_REST, DIM_K, True)
+        b_k_rest = load_rows(p_k, o_k, m_key, K_MAIN, K_REST, DIM_K, True)
+    p_lse = lse + i_batch * stride_lb + i_query * stride_lt + i_kv * G + o_head
+    # Heads that do not exist add nothing.
+    b_lse = tl.load(p_lse, mask=m_head, other=float("inf")).to(tl.float32) * LOG2_E_DEVICE
+    # [HEADS, BLOCK_N]
+    b_s = dot_split(b_q, b_q_rest, b_k, b_k_rest, K_REST, DEPTH)
+    b_p = tl.sum(tl.exp2(b_s * scale_log2 - b_lse[:, None]), 0)
+    b_p = tl.where(m_key, b_p, 0.0)
+    columns = tl.multiple_of(columns, ALIGNED)
+    o_row = ((i_query * B + i_batch) * HK + i_kv) * columns + tl.arange(0, 1)
+    _store_scores(
+        scores + o_row, b_p[None, :], o_row >= 0, i_key_tile, columns, PER_SELECT, PER_COMPRESSED,
+        FOLDED,
+    )  # fmt: skip
+
+
+_LENGTHS = ["first_tile", "T", "B", "columns", "stride_visible", "stride_causal"]
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -386,7 +523,6 @@ def _top_blocks_kernel(
     visible_upper,
     causal_lower,
     causal_upper,
-    rows,
     first_tile,
     T,
     B,
@@ -394,176 +530,246 @@ def _top_blocks_kernel(
     columns,
     stride_visible,
     stride_causal,
-    select_block_size,
     n,
-    init_blocks,
     local_blocks,
     first_weight,
     num_weights,
     per_compressed,
-    per_select,
+    SELECT: tl.constexpr,
+    PER_SELECT: tl.constexpr,
+    INITIAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    LANES: tl.constexpr,
     SLOTS: tl.constexpr,
     FOLDED: tl.constexpr,
     HELD: tl.constexpr,
-    ALIGNED: tl.constexpr,
 ):
-    """One program: the best `n` blocks of `ROWS` rows, each a query and KV head, ascending.
+    """One program: the best `n` blocks of one row, which is a query and KV head, ascending.
 
-    Scores are not negative, so they order as the integers their bits spell, here called ranks. The
-    interval that holds the n-th best rank is halved until it holds nothing else, or until exactly
-    `n` blocks rank above its middle. What lies above is taken, and of its equals the first ones.
+    Scores are not negative, so they order as the integers their bits spell, here called ranks.
+    Forced blocks are the first and the last ones and need none. Of the others, `wanted` are to be
+    chosen: those that rank at `low` or above. A first `low` is the `wanted`-th best of the best of
+    groups of blocks, `ALIGNED` groups to a lane: at least `wanted` blocks rank as high, and seldom
+    many more. A few more are dropped one by one, else the interval that holds the rank is halved.
+    Of equals the first ones are taken.
     """
-    o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    m_row = o_row < rows
-    o_row = tl.minimum(o_row, rows - 1)
-    o_local, o_batch, i_kv = split_row(o_row, B, HK)
-    o_row = o_row.to(tl.int64)
-    o_tile = first_tile + o_local // BLOCK_M
-    b_first, b_stop = tile_of(tile_first, tile_stop, o_tile, BLOCK_M, T)
-    o_query = b_first + o_local % BLOCK_M
-    m_row &= o_query < b_stop
-    if tl.max(m_row.to(tl.int32), 0) == 0:
+    i_kv = tl.program_id(1)
+    i_batch = (tl.program_id(0) % B).to(tl.int64)
+    i_local = tl.program_id(0) // B
+    first, stop = tile_of(tile_first, tile_stop, first_tile + i_local // BLOCK_M, BLOCK_M, T)
+    i_query = first + i_local % BLOCK_M
+    if i_query >= stop:
         return
-    p_visible = o_batch * stride_visible + o_query
-    b_visible = tl.load(visible_upper + p_visible, mask=m_row, other=0)
-    b_visible -= tl.load(visible_lower + p_visible, mask=m_row, other=0)
-    p_causal = o_batch * stride_causal + o_query
-    b_seen = tl.load(causal_upper + p_causal, mask=m_row, other=0)
-    b_seen -= tl.load(causal_lower + p_causal, mask=m_row, other=0)
-    # [ROWS, 1]: blocks up to the query's own.
-    b_candidates = tl.cdiv(b_seen, select_block_size)[:, None]
-    b_visible = (b_visible if FOLDED else tl.minimum(b_visible, columns))[:, None]
-    columns = tl.multiple_of(columns, 2 * ALIGNED if FOLDED else ALIGNED)
-    p_scores = scores + (o_row * columns)[:, None]
-    p_out = indices + (((o_batch * T + o_query) * HK + i_kv) * n)[:, None]
+    o_bound = i_batch * stride_visible + i_query
+    visible = tl.load(visible_upper + o_bound) - tl.load(visible_lower + o_bound)
+    o_bound = i_batch * stride_causal + i_query
+    seen = tl.load(causal_upper + o_bound) - tl.load(causal_lower + o_bound)
+    # Blocks up to the query's own; `free .. local - 1` are not forced.
+    candidates = tl.cdiv(seen, SELECT)
+    free = tl.minimum(INITIAL, candidates)
+    local = tl.maximum(free, candidates - local_blocks)
+    wanted = tl.minimum(n - (candidates - (local - free)), local - free)
+    p_out = indices + ((i_batch * T + i_query) * HK + i_kv) * n
+    # The slots of all but the `wanted`: forced blocks before and after them, then none.
+    o_slot = tl.arange(0, SLOTS)
+    unwanted = local - free - wanted
+    b_slot = tl.where(o_slot < free, o_slot, o_slot + unwanted)
+    b_slot = tl.where(o_slot < candidates - unwanted, b_slot, -1)
+    m_slot = (o_slot < n) & ((o_slot < free) | (o_slot >= free + wanted))
+    tl.store(p_out + o_slot, b_slot, mask=m_slot)
+    if wanted <= 0:
+        return
 
-    o_slot = tl.arange(0, SLOTS)[None, :]
-    m_padding = m_row[:, None] & (o_slot < n) & (o_slot >= b_candidates)
-    tl.store(p_out + o_slot, tl.full([ROWS, SLOTS], -1, tl.int32), mask=m_padding)
-    o_block = tl.arange(0, BLOCK_J)[None, :]
-    stop = BLOCK_J if HELD else tl.max(b_candidates)
-    b_held = _ranks(
-        p_scores, o_block, b_candidates, b_visible, columns, init_blocks, local_blocks,
-        first_weight, num_weights, per_compressed, per_select, FOLDED,
+    # Spelt out, since `tl.multiple_of` says nothing of a kernel's argument.
+    columns = columns // ALIGNED * ALIGNED
+    visible = tl.cdiv(visible, PER_SELECT) if FOLDED else tl.minimum(visible, columns)
+    p_scores = scores + (tl.program_id(0).to(tl.int64) * HK + i_kv) * columns
+    # [LANES, CHUNKS, ALIGNED]: the blocks a lane holds. Triton deals out the first dimension first,
+    # which leaves the others to one lane.
+    WIDTH: tl.constexpr = CHUNKS * LANES * ALIGNED
+    o_chunk = tl.arange(0, CHUNKS)[None, :, None] * (LANES * ALIGNED)
+    o_lane = tl.arange(0, LANES)[:, None, None] * ALIGNED
+    row = (
+        p_scores, o_chunk + tl.arange(0, ALIGNED)[None, None, :], o_lane, INITIAL, local, visible,
+        columns, first_weight, num_weights, per_compressed, PER_SELECT,
     )  # fmt: skip
-    b_low, b_high = _rank_interval(
-        b_held, p_scores, o_block, stop, b_candidates, b_visible, columns, init_blocks,
-        local_blocks, first_weight, num_weights, per_compressed, per_select, FOLDED, ROWS, BLOCK_J,
-        SLOTS,
-    )  # fmt: skip
-    b_count = _count_from(
-        b_high, b_held, p_scores, o_block, stop, b_candidates, b_visible, columns, init_blocks,
-        local_blocks, first_weight, num_weights, per_compressed, per_select, FOLDED, BLOCK_J,
-    )  # fmt: skip
-    # Where the forced blocks fill all slots, or all candidates fit, there is nothing to search.
-    b_low = tl.where(b_count >= n, FORCED, b_low)
-    m_open = (b_count < n) & (tl.sum(b_candidates, 1) > n) & (b_high - b_low > 1)
-    while tl.max(m_open.to(tl.int32), 0) > 0:
-        b_trial = b_low + (b_high - b_low) // 2
-        b_count = _count_from(
-            b_trial, b_held, p_scores, o_block, stop, b_candidates, b_visible, columns,
-            init_blocks, local_blocks, first_weight, num_weights, per_compressed, per_select,
-            FOLDED, BLOCK_J,
-        )  # fmt: skip
-        b_low = tl.where(m_open & (b_count >= n), b_trial, b_low)
-        b_high = tl.where(m_open & (b_count < n), b_trial, b_high)
-        m_open = m_open & (b_count != n) & (b_high - b_low > 1)
-    b_above = _count_from(
-        b_low + 1, b_held, p_scores, o_block, stop, b_candidates, b_visible, columns,
-        init_blocks, local_blocks, first_weight, num_weights, per_compressed, per_select,
-        FOLDED, BLOCK_J,
-    )  # fmt: skip
-    # [ROWS, 1]: equals still to take, and slots already filled.
-    b_left = n - b_above[:, None]
-    b_filled = tl.zeros([ROWS, 1], tl.int32)
-    for i_block in range(0, stop, BLOCK_J):
+    stop = WIDTH if HELD else local
+    b_held = _ranks(row, 0, FOLDED)
+    low = 0
+    if unwanted > 0:
+        b_groups = tl.max(b_held, 1)
+        for i_block in range(WIDTH, stop, WIDTH):
+            b_groups = tl.maximum(b_groups, tl.max(_ranks(row, i_block, FOLDED), 1))
+        low, high = _group_rank(b_groups, wanted)
+    else:
+        high = low
+    b_taken, count = _above(low - 1, b_held, row, stop, WIDTH, FOLDED)
+    while (count > wanted) & (low < high):
+        few = count - wanted <= FEW
+        trial = high - ((high - low) >> 1)
+        if few:
+            trial = _next_rank(low, b_held, row, stop, WIDTH, FOLDED)
+        b_found, found = _above(trial - 1, b_held, row, stop, WIDTH, FOLDED)
+        if found >= wanted:
+            low = trial
+            count = found
+            b_taken = b_found
+        else:
+            # Nothing ranks between `low` and the next rank.
+            high = low if few else trial - 1
+    # How many of those that rank at `low` itself are taken.
+    equals = count
+    if count > wanted:
+        equals = wanted - _above(low, b_held, row, stop, WIDTH, FOLDED)[1]
+    p_out += free
+    for i_block in range(0, stop, WIDTH):
         b_ranks = b_held
         if not HELD:
-            b_ranks = _ranks(
-                p_scores, i_block + o_block, b_candidates, b_visible, columns, init_blocks,
-                local_blocks, first_weight, num_weights, per_compressed, per_select, FOLDED,
-            )  # fmt: skip
-        m_above, m_equal = b_ranks > b_low[:, None], b_ranks == b_low[:, None]
-        # Both running counts in one scan: those above in the lower half, the equals in the upper.
-        b_running = tl.cumsum(m_above.to(tl.int32) + (m_equal.to(tl.int32) << 16), 1)
-        b_equals = b_running >> 16
-        m_taken = m_above | (m_equal & (b_equals <= b_left))
-        o_target = b_filled + (b_running & 0xFFFF) + tl.minimum(b_equals, b_left) - 1
-        b_block = tl.zeros([ROWS, BLOCK_J], tl.int32) + (i_block + o_block)
-        tl.store(p_out + o_target, b_block, mask=m_row[:, None] & m_taken & (o_target < n))
-        b_left -= tl.sum(m_equal.to(tl.int32), 1)[:, None]
-        b_left = tl.maximum(b_left, 0)
-        b_filled += tl.sum(m_taken.to(tl.int32), 1)[:, None]
+            b_ranks = _ranks(row, i_block, FOLDED)
+            b_taken = _as_bits(b_ranks >= low)
+        if count > wanted:
+            b_equal = _as_bits(b_ranks == low)
+            b_first, total, most = _firsts(b_equal, CHUNKS)
+            for passed in range(most):
+                _, o_place = _lowest(b_equal, b_first, passed)
+                b_bit = b_equal & -b_equal
+                b_taken = tl.where(o_place < equals, b_taken, b_taken & ~b_bit)
+                b_equal ^= b_bit
+            equals -= total
+        b_first, total, most = _firsts(b_taken, CHUNKS)
+        for passed in range(most):
+            o_bit, o_place = _lowest(b_taken, b_first, passed)
+            o_taken = o_bit // ALIGNED * (LANES * ALIGNED) + o_bit % ALIGNED
+            o_taken += i_block + tl.arange(0, LANES) * ALIGNED
+            tl.store(p_out + o_place, o_taken, mask=b_taken != 0)
+            b_taken &= b_taken - 1
+        p_out += total
 
 
 @triton.jit
-def _rank_interval(
-    b_held, p_scores, o_block, stop, b_candidates, b_visible, columns, init_blocks, local_blocks,
-    first_weight, num_weights, per_compressed, per_select, FOLDED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_J: tl.constexpr, SLOTS: tl.constexpr,
-):  # fmt: skip
-    """Where to look for the rank of each row's n-th best block: `low <= rank < high`.
+def _as_bits(m_block):
+    """Which of the (at most 32) blocks of each lane, as bits in ascending order. `[LANES]`."""
+    o_bit = (tl.arange(0, m_block.shape[1]) * ALIGNED)[:, None] + tl.arange(0, ALIGNED)[None, :]
+    return tl.sum(tl.sum(tl.where(m_block, (1 << o_bit)[None, :, :], 0), 2), 1)
 
-    `high` is just above the best block that is not forced. Of `SLOTS >= n` groups of blocks, each
-    has one that ranks at least as high as the worst group's best, which makes `low`.
+
+@triton.jit
+def _firsts(b_bits, CHUNKS: tl.constexpr):
+    """Where each lane's bits go if all lanes' are counted in the order of their blocks.
+
+    `[at most 4, LANES]`: of each chunk of four bits, the place of its first bit less how many lower
+    ones the lane has; chunks 0 to 3 in the lower halves, 4 to 7 in the upper ones. Then how many
+    bits there are, and the most that any lane has.
     """
-    b_best = tl.max(tl.where(b_held == FORCED, -1, b_held), 1)
-    for i_block in range(BLOCK_J, stop, BLOCK_J):
-        b_ranks = _ranks(
-            p_scores, i_block + o_block, b_candidates, b_visible, columns, init_blocks,
-            local_blocks, first_weight, num_weights, per_compressed, per_select, FOLDED,
-        )  # fmt: skip
-        b_best = tl.maximum(b_best, tl.max(tl.where(b_ranks == FORCED, -1, b_ranks), 1))
-    b_low = tl.zeros([ROWS], tl.int32)
-    if SLOTS < BLOCK_J:
-        b_groups = tl.max(tl.reshape(b_held, [ROWS, BLOCK_J // SLOTS, SLOTS]), 1)
-        b_low = tl.maximum(tl.min(b_groups, 1), 0)
-    return b_low, b_best + 1
+    b_counts = count_bits_of_four(b_bits)
+    o_chunk = tl.arange(0, min(CHUNKS, 4))
+    b_counts = (b_counts[None, :] >> (4 * o_chunk)[:, None]) & 0x000F000F
+    b_total = tl.sum(b_counts, 1)[:, None]
+    b_others = b_total - b_counts
+    b_first = tl.cumsum(b_counts, 1) - b_counts + tl.cumsum(b_others, 0) - b_others
+    # All of the lower halves come before the upper ones.
+    b_first += (tl.sum(b_others, 0) << 16)[None, :]
+    b_lane = tl.sum(b_counts, 0)
+    total = tl.sum(tl.sum(b_total, 1), 0)
+    most = tl.max((b_lane >> 16) + (b_lane & 0xFFFF), 0)
+    return b_first, (total >> 16) + (total & 0xFFFF), most
 
 
 @triton.jit
-def _count_from(
-    b_trial, b_held, p_scores, o_block, stop, b_candidates, b_visible, columns,
-    init_blocks, local_blocks, first_weight, num_weights, per_compressed, per_select,
-    FOLDED: tl.constexpr, BLOCK_J: tl.constexpr,
-):  # fmt: skip
-    """How many blocks of each row rank at `b_trial` or above; what is not held is read again."""
-    b_count = tl.sum((b_held >= b_trial[:, None]).to(tl.int32), 1)
-    for i_block in range(BLOCK_J, stop, BLOCK_J):
-        b_ranks = _ranks(
-            p_scores, i_block + o_block, b_candidates, b_visible, columns, init_blocks,
-            local_blocks, first_weight, num_weights, per_compressed, per_select, FOLDED,
-        )  # fmt: skip
-        b_count += tl.sum((b_ranks >= b_trial[:, None]).to(tl.int32), 1)
-    return b_count
+def _lowest(b_bits, b_first, passed):
+    """Each lane's lowest bit, after `passed` lower ones: its number and its place."""
+    b_float = (b_bits & -b_bits).to(tl.float32)
+    o_bit = ((b_float.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
+    CHUNKS: tl.constexpr = b_first.shape[0]
+    m_chunk = tl.arange(0, CHUNKS)[:, None] == (o_bit // 4 % CHUNKS)[None, :]
+    b_place = tl.sum(tl.where(m_chunk, b_first, 0), 0)
+    return o_bit, (tl.where(o_bit < 16, b_place, b_place >> 16) & 0xFFFF) + passed
 
 
 @triton.jit
-def _ranks(
-    p_scores, o_block, b_candidates, b_visible, columns, init_blocks, local_blocks,
-    first_weight, num_weights, per_compressed, per_select, FOLDED: tl.constexpr,
-):  # fmt: skip
-    """A block's rank: the bits of its score, infinity's if forced, -1 for no candidate."""
-    m_candidate = o_block < b_candidates
+def _group_rank(b_groups, wanted):
+    """The rank of the `wanted`-th best group, 0 where there may be fewer, and of the best one."""
+    b_lanes = tl.max(b_groups, 1)
+    high = tl.max(b_lanes, 0)
+    best = high
+    # One group of each lane ranks at least as high as the worst lane's best.
+    low = tl.where(wanted <= b_lanes.shape[0], tl.maximum(tl.min(b_lanes, 0), 0), 0)
+    count = tl.sum(tl.sum((b_groups >= low).to(tl.int32), 1), 0)
+    while (count > wanted) & (low < high):
+        trial = high - ((high - low) >> 1)
+        found = tl.sum(tl.sum((b_groups >= trial).to(tl.int32), 1), 0)
+        if found >= wanted:
+            low = trial
+            count = found
+        else:
+            high = trial - 1
+    low = tl.min(tl.min(tl.where(b_groups >= low, b_groups, best), 1), 0)
+    return tl.where(count >= wanted, low, 0), best
+
+
+@triton.jit
+def _above(rank, b_held, row, stop, WIDTH: tl.constexpr, FOLDED: tl.constexpr):
+    """Which of the blocks that are held rank above `rank`, as bits, and how many of the whole row.
+
+    What is not held is read again.
+    """
+    b_bits = _as_bits(b_held > rank)
+    b_count = count_bits(b_bits)
+    for i_block in range(WIDTH, stop, WIDTH):
+        b_count += count_bits(_as_bits(_ranks(row, i_block, FOLDED) > rank))
+    return b_bits, tl.sum(b_count, 0)
+
+
+@triton.jit
+def _next_rank(rank, b_held, row, stop, WIDTH: tl.constexpr, FOLDED: tl.constexpr):
+    """The lowest rank above `rank`; what is not held is read again."""
+    b_next = tl.min(tl.min(tl.where(b_held > rank, b_held, LARGEST), 2), 1)
+    for i_block in range(WIDTH, stop, WIDTH):
+        b_ranks = _ranks(row, i_block, FOLDED)
+        b_ranks = tl.where(b_ranks > rank, b_ranks, LARGEST)
+        b_next = tl.minimum(b_next, tl.min(tl.min(b_ranks, 2), 1))
+    return tl.min(b_next, 0)
+
+
+@triton.jit
+def _ranks(row, i_block, FOLDED: tl.constexpr):
+    """The ranks of the blocks from `i_block` on: the bits of their scores, -1 for none and for a
+    forced one. `[LANES, CHUNKS, ALIGNED]`.
+    """
+    (
+        p_scores, o_block, o_lane, initial, local, visible, columns, first_weight, num_weights,
+        per_compressed, per_select,
+    ) = row  # fmt: skip
+    # Limits are counted from the lane's first block, so that the blocks it holds are constants.
+    i_first = i_block + o_lane
     # Block j's own compressed keys start at j m / d: whatever lies past the visible ones is 0.
     if FOLDED:
-        m_own = m_candidate & (o_block * per_select < b_visible)
-        m_carried = m_candidate & (o_block > 0) & ((o_block - 1) * per_select < b_visible)
-        b_score = tl.load(p_scores + o_block, mask=m_own, other=0.0)
-        b_score += tl.load(p_scores + columns // 2 + o_block, mask=m_carried, other=0.0)
+        # So many blocks have something carried to them by the one before.
+        carried = tl.where(visible > 0, visible + 1, 0)
+        # Masks for `ALIGNED` blocks at once keep loads as wide.
+        m_own = o_block < tl.cdiv(tl.minimum(visible, local), ALIGNED) * ALIGNED - i_first
+        m_carried = o_block < tl.cdiv(tl.minimum(carried, local), ALIGNED) * ALIGNED - i_first
+        p_scores += i_first
+        b_own = tl.load(p_scores + o_block, mask=m_own)
+        p_scores += columns // (2 * ALIGNED) * ALIGNED
+        b_carried = tl.load(p_scores + o_block, mask=m_carried)
+        b_carried = tl.where(o_block > -i_first, b_carried, 0.0)
+        if visible < local:
+            b_own = tl.where(o_block < visible - i_first, b_own, 0.0)
+            b_carried = tl.where(o_block < carried - i_first, b_carried, 0.0)
+        b_score = tl.abs(b_own) + tl.abs(b_carried)
     else:
-        b_score = tl.zeros_like(m_candidate.to(tl.float32))
+        o_first = (i_first + o_block) * per_select + first_weight
+        m_block = o_block < local - i_first
+        b_score = tl.zeros(o_first.shape, tl.float32)
         for i_weight in range(num_weights):
-            o_key = o_block * per_select + first_weight + i_weight
-            m_key = m_candidate & (o_key >= 0) & (o_key < b_visible)
+            o_key = o_first + i_weight
+            m_key = m_block & (o_key >= 0) & (o_key < visible)
             b_p = tl.load(p_scores + o_key, mask=m_key, other=0.0)
             b_score += b_p * tl.minimum(
                 tl.minimum(i_weight + 1, num_weights - i_weight), per_compressed
             )
-    b_ranks = tl.maximum(b_score.to(tl.int32, bitcast=True), 0)
-    m_forced = (o_block < init_blocks) | (o_block >= b_candidates - local_blocks)
-    b_ranks = tl.where(m_forced, FORCED, b_ranks)
-    return tl.where(m_candidate, b_ranks, -1)
+        b_score = tl.abs(b_score)
+    m_free = (o_block >= initial - i_first) & (o_block < local - i_first)
+    return tl.where(m_free, b_score.to(tl.int32, bitcast=True), -1)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nsa_port.kernels.triton.bounds import QueryBounds, Tiles, tile_of
 from nsa_port.kernels.triton.host import next_power_of_2
+from nsa_port.kernels.triton.tiles import LARGEST, any_of, count_bits, named_before
 
 FIELDS = tl.constexpr(3)
 """A shared block's numbers: its first key row, the queries of the tile that chose it, as bits, and
@@ -94,18 +95,18 @@ def share_blocks(
         tiles.count,
         T,
         HK,
-        n,
         kept,
         bounds.stride,
         stride_b,
         stride_t,
         stride_h,
         select_block_size,
+        N=n,
         QUERIES=queries,
         SLOTS=slots,
         LEAST=least,
         EVEN=even,
-        num_warps=max(1, min(8, queries * slots**2 // 1024)),
+        num_warps=max(1, min(8, queries * slots**2 // 2048)),
     )
     return shares
 
@@ -123,13 +124,13 @@ def _share_blocks_kernel(
     tiles,
     T,
     HK,
-    n,
     kept,
     stride_bounds,
     stride_b,
     stride_t,
     stride_h,
     select_block_size,
+    N: tl.constexpr,
     QUERIES: tl.constexpr,
     SLOTS: tl.constexpr,
     LEAST: tl.constexpr,
@@ -145,58 +146,61 @@ def _share_blocks_kernel(
     p_index = indices + i_batch * stride_b + i_kv * stride_h
     o_member = tl.arange(0, QUERIES)
     o_slot = tl.arange(0, SLOTS)
-    b_row, b_seen = _rows_and_stop(
-        p_index, p_lower, p_upper, first + o_member, o_slot, stop, n, stride_t, select_block_size
-    )
-    # Comparisons reduce over the first dimension, which lies within a thread.
-    m_same = tl.permute(b_row, (1, 0))[:, :, None] == b_row[None, :, :]
-    m_same = m_same & (o_slot[:, None, None] < o_slot[None, None, :])
-    b_row = tl.where(tl.max(m_same.to(tl.int32), 0) > 0, -1, b_row)
-    m_readable = (b_row >= 0) & (b_row + select_block_size <= b_seen[:, None])
+    o_query = first + o_member
+    m_query = o_query < stop
+    m_slot = m_query[:, None] & (o_slot < N)[None, :]
+    p_slot = p_index + (o_query.to(tl.int64) * stride_t)[:, None] + o_slot[None, :]
+    b_block = tl.load(p_slot, mask=m_slot, other=-1)
+    b_first = tl.load(p_lower + o_query, mask=m_query, other=0)
+    b_seen = tl.load(p_upper + o_query, mask=m_query, other=0)
+    # Not by comparing rows, which may overflow for an index that is far out of range.
+    b_blocks = tl.cdiv(b_seen - b_first, select_block_size)
+    m_block = (b_block >= 0) & (b_block < b_blocks[:, None])
+    m_block &= named_before(b_block, o_slot) == 0
+    b_row = tl.where(m_block, b_first[:, None] + b_block * select_block_size, -1)
+    m_readable = m_block & (b_row + select_block_size <= b_seen[:, None])
     b_readable = tl.max(tl.where(m_readable, b_row, -1), 1)
     b_none = tl.where(b_readable < 0, -1, -2 - b_readable)
 
-    # [QUERIES, SLOTS]: who chose the block too, how many, and how much of it they see.
+    # [QUERIES, SLOTS]: who chose the block too, and the least and the most they see. One sequence's
+    # queries count blocks from the same row, so a block is one that they see if its row is.
+    b_start = tl.where(m_block, b_row, LARGEST)
     b_queries = tl.zeros([QUERIES, SLOTS], tl.int32)
-    b_count = tl.zeros([QUERIES, SLOTS], tl.int32)
+    b_least = tl.full([QUERIES, SLOTS], LARGEST, tl.int32)
     b_end = tl.zeros([QUERIES, SLOTS], tl.int32)
-    b_whole = tl.zeros([QUERIES, SLOTS], tl.int32)
     for i_other in tl.range(QUERIES, loop_unroll_factor=UNROLLED):
-        o_other = first + i_other + tl.arange(0, 1)
-        b_theirs, b_stop = _rows_and_stop(
-            p_index, p_lower, p_upper, o_other, o_slot, stop, n, stride_t, select_block_size
-        )
-        m_same = tl.permute(b_theirs, (1, 0))[:, :, None] == b_row[None, :, :]
-        b_chose = tl.max(m_same.to(tl.int32), 0)
-        b_chose = tl.where(b_row >= 0, b_chose, 0)
-        b_queries |= b_chose << i_other
-        b_count += b_chose
-        b_end = tl.maximum(b_end, b_chose * b_stop[:, None])
-        b_whole += tl.where(b_row + select_block_size <= b_stop[:, None], b_chose, 0)
-    m_whole = b_whole == b_count
-    m_shared = (b_row >= 0) & ((b_count >= LEAST) | (m_whole == 0))
+        # What is no query of the tile's sees nothing, whatever it chose.
+        i_query = first + i_other
+        seen = tl.load(p_upper + i_query, mask=i_query < stop, other=0)
+        p_theirs = p_index + tl.minimum(i_query, T - 1).to(tl.int64) * stride_t + o_slot
+        b_theirs = tl.load(p_theirs) if N == SLOTS else tl.load(p_theirs, mask=o_slot < N, other=-1)
+        m_chose = any_of(b_theirs[:, None, None] == b_block[None, :, :]) & (b_start < seen)
+        b_queries |= tl.where(m_chose, 1 << i_other, 0)
+        b_least = tl.minimum(b_least, tl.where(m_chose, seen, LARGEST))
+        b_end = tl.maximum(b_end, tl.where(m_chose, seen, 0))
+    m_whole = b_row + select_block_size <= b_least
+    m_shared = m_block & ((count_bits(b_queries) >= LEAST) | (m_whole == 0))
     # Of the queries that share a block, the first one lists it.
     m_listed = m_shared & ((b_queries & ((1 << o_member) - 1)[:, None]) == 0)
     m_front = m_listed & m_whole & EVEN
-    o_front, front = _ranks_of(m_front)
-    o_back, back = _ranks_of(m_listed & (m_front == 0))
-    o_listed = tl.where(m_front, o_front, front + o_back)
+    # Both kinds are counted at once, one in the lower half and one in the upper.
+    b_listed = tl.where(m_listed, tl.where(m_front, 1, 1 << 16), 0)
+    b_total = tl.sum(b_listed, 1)
+    b_before = (tl.cumsum(b_total, 0) - b_total)[:, None] + tl.cumsum(b_listed, 1) - b_listed
+    total = tl.sum(b_total, 0)
+    front, back = total & 0xFFFF, total >> 16
+    o_listed = tl.where(m_front, b_before & 0xFFFF, front + (b_before >> 16))
     p_shared = shared + (tl.program_id(0).to(tl.int64) * kept + o_listed) * FIELDS
-    tl.store(p_shared, b_row, mask=m_listed)
-    tl.store(p_shared + 1, b_queries, mask=m_listed)
-    tl.store(p_shared + 2, tl.minimum(b_end, b_row + select_block_size), mask=m_listed)
+    _store(p_shared, b_row, m_listed)
+    _store(p_shared + 1, b_queries, m_listed)
+    _store(p_shared + 2, tl.minimum(b_end, b_row + select_block_size), m_listed)
 
-    m_slot = (o_slot < n)[None, :]
-    b_own = ((b_row >= 0) & (m_shared == 0)).to(tl.int32)
+    b_own = (m_block & (m_shared == 0)).to(tl.int32)
     b_left = tl.sum(b_own, 1)
-    b_other = tl.where(m_slot, 1 - b_own, 0)
-    o_target = tl.where(
-        b_own > 0, tl.cumsum(b_own, 1) - 1, b_left[:, None] + tl.cumsum(b_other, 1) - 1
-    )
-    o_query = first + o_member
-    p_own = own + (((i_batch * T + o_query) * HK + i_kv) * n)[:, None]
-    m_own = m_slot & (o_query < stop)[:, None]
-    tl.store(p_own + o_target, tl.where(b_own > 0, b_row, b_none[:, None]), mask=m_own)
+    b_before = tl.cumsum(b_own, 1) - b_own
+    o_target = tl.where(b_own > 0, b_before, b_left[:, None] + o_slot[None, :] - b_before)
+    p_own = own + (((i_batch * T + o_query) * HK + i_kv) * N)[:, None]
+    _store(p_own + o_target, tl.where(b_own > 0, b_row, b_none[:, None]), m_slot)
     p_counts = counts + tl.program_id(0).to(tl.int64) * COUNTS
     tl.store(p_counts, front)
     tl.store(p_counts + 1, front + back)
@@ -204,29 +208,9 @@ def _share_blocks_kernel(
 
 
 @triton.jit
-def _ranks_of(m_listed):
-    """How many true entries come before each one, row by row, and how many there are."""
-    b_listed = m_listed.to(tl.int32)
-    b_total = tl.sum(b_listed, 1)
-    b_before = (tl.cumsum(b_total, 0) - b_total)[:, None]
-    return b_before + tl.cumsum(b_listed, 1) - b_listed, tl.sum(b_total, 0)
-
-
-@triton.jit
-def _rows_and_stop(
-    p_index, p_lower, p_upper, o_query, o_slot, stop, n, stride_t, select_block_size
-):  # fmt: skip
-    """The first key row of each block of some queries, -1 for none, and each query's last row + 1.
-
-    `[QUERIES, SLOTS]` and `[QUERIES]`.
+def _store(p_tile, b_tile, m_tile):
+    """A store to scattered places. Triton gives its first dimension's to neighbouring lanes, which
+    is the one that they have already if the tile is transposed.
     """
-    m_query = o_query < stop
-    p_index += (o_query.to(tl.int64) * stride_t)[:, None]
-    m_slot = m_query[:, None] & (o_slot < n)[None, :]
-    b_block = tl.load(p_index + o_slot[None, :], mask=m_slot, other=-1)
-    b_first = tl.load(p_lower + o_query, mask=m_query, other=0)
-    b_stop = tl.load(p_upper + o_query, mask=m_query, other=0)
-    # Not by comparing rows, which may overflow for an index that is far out of range.
-    b_blocks = tl.cdiv(b_stop - b_first, select_block_size)
-    m_block = (b_block >= 0) & (b_block < b_blocks[:, None])
-    return tl.where(m_block, b_first[:, None] + b_block * select_block_size, -1), b_stop
+    p_tile, b_tile, m_tile = p_tile.trans(1, 0), b_tile.trans(1, 0), m_tile.trans(1, 0)
+    tl.store(p_tile, b_tile, mask=m_tile)

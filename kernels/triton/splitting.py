@@ -5,6 +5,7 @@ Each split of the keys gives an output and its lse, in float32; they are merged 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,9 @@ _FEWEST_KEYS = 128
 
 _WIDTH = 64
 """Columns that a program merges."""
+
+_PROGRAMS_OF_A_MULTIPROCESSOR = 4
+"""On NVIDIA GPUs, where one program waits for memory more than it works."""
 
 _PROGRAMS_WITHOUT_GPU = 16
 """What fills an interpreter or an emulator; as few as make the small calls of tests split."""
@@ -43,6 +47,10 @@ class Splits(NamedTuple):
     active: bool
     out: Tensor
     lse: Tensor
+
+
+Merge = Callable[[Splits, Tensor, Tensor], None]
+"""What is done with splits, and the output and lse that they are of: `merge_splits` or later."""
 
 
 def split_keys(programs: int, keys: int, most_keys: int | None, out: Tensor, lse: Tensor) -> Splits:
@@ -71,7 +79,9 @@ def leaves_idle(programs: int, device: torch.device) -> bool:
 
 
 def _programs_to_fill(device: torch.device) -> int:
-    return _PROGRAMS_WITHOUT_GPU if device.type == "cpu" else multiprocessors(device)
+    if device.type == "cpu":
+        return _PROGRAMS_WITHOUT_GPU
+    return multiprocessors(device) * (1 if torch.version.hip else _PROGRAMS_OF_A_MULTIPROCESSOR)
 
 
 def merge_splits(splits: Splits, out: Tensor, lse: Tensor) -> None:
@@ -89,6 +99,7 @@ def merge_splits(splits: Splits, out: Tensor, lse: Tensor) -> None:
         DIM=dim,
         WIDTH=_WIDTH,
         SPLITS=splits.most,
+        num_warps=max(1, min(4, splits.most * _WIDTH // 512)),
     )
 
 
@@ -115,6 +126,18 @@ def _merge_splits_kernel(
     """One program: `WIDTH` columns of one row, which is a query and head."""
     i_row = tl.program_id(0).to(tl.int64)
     i_column = tl.program_id(1)
+    o_column = i_column * WIDTH + tl.arange(0, WIDTH)
+    b_out, row_lse = merge_row(partial_out, partial_lse, i_row, rows, splits, o_column, DIM, SPLITS)
+    tl.store(out + i_row * DIM + o_column, b_out.to(out.dtype.element_ty), mask=o_column < DIM)
+    if i_column == 0:
+        tl.store(lse + i_row, row_lse)
+
+
+@triton.jit
+def merge_row(
+    partial_out, partial_lse, i_row, rows, splits, o_column, DIM: tl.constexpr, SPLITS: tl.constexpr
+):
+    """Some columns of one row's output, and its lse, from those of its splits."""
     o_split = tl.arange(0, SPLITS)
     m_split = o_split < splits
     o_partial = o_split.to(tl.int64) * rows + i_row
@@ -124,11 +147,7 @@ def _merge_splits_kernel(
     b_weight = tl.exp2(b_lse - shift)
     total = tl.sum(b_weight, 0)
     total = tl.where(total == 0.0, 1.0, total)
-    o_column = i_column * WIDTH + tl.arange(0, WIDTH)
-    m_column = o_column < DIM
     p_out = partial_out + o_partial[:, None] * DIM + o_column[None, :]
-    b_out = tl.load(p_out, mask=m_split[:, None] & m_column[None, :], other=0.0)
-    b_out = tl.sum(b_out * b_weight[:, None], 0) / total
-    tl.store(out + i_row * DIM + o_column, b_out.to(out.dtype.element_ty), mask=m_column)
-    if i_column == 0:
-        tl.store(lse + i_row, (maximum + tl.log2(total)) * LOG_2)
+    b_out = tl.load(p_out, mask=m_split[:, None] & (o_column < DIM)[None, :], other=0.0)
+    b_out = tl.sum(b_out.to(tl.float32) * b_weight[:, None], 0) / total
+    return b_out, (maximum + tl.log2(total)) * LOG_2

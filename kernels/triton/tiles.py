@@ -139,3 +139,37 @@ def key_spans(b_lower, b_upper, m_valid, BLOCK_N: tl.constexpr):
     full_stop = tl.minimum(full_stop, stop)
     full_stop = full_start + tl.maximum(full_stop - full_start, 0) // BLOCK_N * BLOCK_N
     return start, full_start, full_stop, stop
+
+
+@triton.jit
+def count_bits(b_bits):
+    """How many bits of an int32 are set."""
+    b_bits = count_bits_of_four(b_bits)
+    b_bits = (b_bits + (b_bits >> 4)) & 0x0F0F0F0F
+    return (b_bits * 0x01010101) >> 24
+
+
+@triton.jit
+def count_bits_of_four(b_bits):
+    """How many of each four bits are set, in their place."""
+    b_bits -= (b_bits >> 1) & 0x55555555
+    return (b_bits & 0x33333333) + ((b_bits >> 2) & 0x33333333)
+
+
+@triton.jit
+def any_of(m_tile):
+    """Whether anything is true along the first dimension, without a detour through integers."""
+    return tl.reduce(m_tile, 0, _or)
+
+
+@triton.jit
+def _or(a, b):
+    return a | b
+
+
+@triton.jit
+def named_before(b_block, o_slot):
+    """Which entries of each row of `[ROWS, SLOTS]` stand in an earlier slot of it as well."""
+    # Comparisons reduce over the first dimension, which lies within a thread.
+    m_same = tl.permute(b_block, (1, 0))[:, :, None] == b_block[None, :, :]
+    return any_of(m_same & (o_slot[:, None, None] < o_slot[None, None, :]))
