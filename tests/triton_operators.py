@@ -494,6 +494,12 @@ def test_selected_attention_of_many_queries_is_the_same_every_time(kv_heads: int
     for _ in range(20):
         again = kernels.selected_attention(q, k, v, indices, *tail)
         assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    for by_block in (0, 1 << 30):
+        design = {"fewest_queries": by_block, "fewest_of_large": by_block}
+        with tuned_to({"hopper_by_block": design}):
+            again = kernels.selected_attention(q, k, v, indices, *tail)
+        torch.testing.assert_close(again[0], first[0], rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(again[1], first[1], rtol=0.0, atol=1e-4)
 
 
 def test_in_place_of_no_block_stands_one_that_its_query_sees_to_the_end() -> None:

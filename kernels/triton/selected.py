@@ -7,7 +7,8 @@ By block, for small groups: blocks that few neighbours share are left to program
 of a block and gather the queries that chose it, so that keys are loaded once per segment of the
 block's list. Each (query, block) gives a normalised partial output and its lse; a last kernel
 merges them in the order of the slots. Queries are worked on a bounded number at a time, which
-bounds the partial outputs.
+bounds the partial outputs. On Hopper that pays for groups of up to 16 heads where sequences are
+long, and the kernel that walks shared blocks merges the partial outputs too.
 """
 
 from __future__ import annotations
