@@ -35,7 +35,7 @@ WORKERS = {"hopper_selected": 4, "hopper_merge": 4}
 
 LEAST_LENGTHS = {
     "selected_by_block": 1024, "block_scores": 1100,
-    "hopper_by_block": 12288, "hopper_merge": 12288,
+    "hopper_by_block": 24576, "hopper_merge": 24576,
 }  # fmt: skip
 """What some kernels take from some length on only. Nothing is scored where all is chosen."""
 

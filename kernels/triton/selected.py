@@ -44,8 +44,9 @@ from nsa_port.kernels.triton.tiles import LOG_2, dot, dot_split, load_rows, stor
 
 PARTIAL_BYTES = 2**30
 """Room for the partial results of the queries that are worked on at a time."""
-HOPPER_BYTES = 2**31
-"""The same for the forward's kernels for Hopper, for fewer launches."""
+SMALL_GROUP_BYTES = 2**31
+"""The same for small groups in the forward's kernels for Hopper, for fewer launches. The rows of
+large groups' queries, which many blocks gather, would no longer stay in the cache."""
 
 
 def selected_attention(
@@ -219,8 +220,9 @@ def _by_block_hopper(
     least = max(2, cdiv(values["least_sharing"] * size, 16))
     shares = share_blocks(indices, bounds, m, tiles, size, least, True)
     # Whole tiles, as far as packed sequences do not cut others.
-    row_bytes = Dv * q.element_size() + 4
-    chunk = cdiv(query_chunk(T, B * HK * heads * n * row_bytes, HOPPER_BYTES), size) * size
+    query_bytes = B * HK * heads * n * (Dv * q.element_size() + 4)
+    room = PARTIAL_BYTES if heads == 16 else SMALL_GROUP_BYTES
+    chunk = cdiv(query_chunk(T, query_bytes, room), size) * size
     shape = (B, HK, chunk, n, heads)
     partial_out = torch.empty((*shape, Dv), dtype=q.dtype, device=q.device)
     sequences = 1 if layout.cu_seqlens is None else layout.cu_seqlens.shape[0] - 1
