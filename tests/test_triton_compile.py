@@ -59,10 +59,10 @@ def _largest_dims(head_dim: int) -> tuple[int, int]:
 
 
 def launch(
-    kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, T: int = 320, G: int = 0
+    kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, T: int = 320, G: int = 16
 ) -> None:
     """A call that launches a tuned kernel; the contents of the tensors do not matter."""
-    G = G or (4 if kernel == "selected_by_block" else 16)
+    G = 4 if kernel == "selected_by_block" else G
     T = max(T, LEAST_LENGTHS.get(kernel, 0))
     C = CONFIG.num_compressed(T)
 
@@ -118,6 +118,15 @@ def test_small_groups_fit_hopper_by_block(kernel: str, dims: tuple[int, int], gr
     assert build.shared <= SHARED_MEMORY["sm_90"]
     assert build.stack <= A_FEW_SCALARS
     assert not reads_before_writes(build.binary)
+
+
+@pytest.mark.parametrize("group", [1, 4, 8, 32])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128)], ids=str)
+def test_gradients_of_other_groups_fit_hopper(group: int, dims: tuple[int, int]) -> None:
+    with compiling_for("sm_90", only=FUNCTIONS["selected_backward"]) as builds:
+        launch("selected_backward", *dims, torch.bfloat16, G=group)
+    (build,) = builds
+    assert build.stack <= A_FEW_SCALARS and not reads_before_writes(build.binary)
 
 
 ODD_DIMENSIONS = [(35, 35), (40, 24), (80, 96)]

@@ -28,26 +28,15 @@ def queries_and_heads(q: Tensor, kv_heads: int) -> tuple[int, int]:
     return (64, 2) if q.shape[2] // kv_heads % 2 == 0 else (128, 1)
 
 
-def describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor | None:
-    """`[B, T, H, D]` as tiles of `rows` tokens and `columns` columns of one head; None for none."""
+def describe(tensor: Tensor, rows: int, columns: int, heads: int = 1) -> TensorDescriptor | None:
+    """`[B, T, H, D]` as tiles of so many tokens, columns and heads; None for no columns."""
     if columns == 0:
         return None
     shape = list(tensor.shape)
     whole = shape[1] * shape[2] * shape[3]
     pairs = zip(shape[:-1], tensor.stride()[:-1], strict=True)
     strides = [whole if size == 1 else stride for size, stride in pairs]
-    return TensorDescriptor(tensor, shape, [*strides, 1], [1, rows, 1, columns], TILE)
-
-
-def describe_heads(tensor: Tensor, rows: int, heads: int, columns: int) -> TensorDescriptor | None:
-    """`[B, T, H, D]` as tiles of `rows` tokens, `heads` heads and 64 columns; None for none."""
-    if columns == 0:
-        return None
-    shape = list(tensor.shape)
-    whole = shape[1] * shape[2] * shape[3]
-    pairs = zip(shape[:-1], tensor.stride()[:-1], strict=True)
-    strides = [whole if size == 1 else stride for size, stride in pairs]
-    return TensorDescriptor(tensor, shape, [*strides, 1], [1, rows, heads, 64], TILE)
+    return TensorDescriptor(tensor, shape, [*strides, 1], [1, rows, heads, columns], TILE)
 
 
 @gluon.jit

@@ -139,10 +139,10 @@ def hopper_values(kernel: str, q: Tensor, *others: Tensor) -> Values | None:
         return None
     if q.shape[1] < values["fewest_queries"]:
         return None
-    return values if all(_is_addressable(tensor) for tensor in (q, *others)) else None
+    return values if all(is_addressable(tensor) for tensor in (q, *others)) else None
 
 
-def _is_addressable(tensor: Tensor) -> bool:
+def is_addressable(tensor: Tensor) -> bool:
     """Whether the tensor memory accelerator can copy tiles of `[B, T, H, D]`."""
     *strides, last = tensor.stride()
     if last != 1 or tensor.data_ptr() % 16 or not tensor.numel():

@@ -102,9 +102,9 @@ def _block_rows_kernel(
 class BlockLists(NamedTuple):
     """Per block, KV head and batch (a bin), the queries `first_query ..` that chose it.
 
-    A bin is `(batch * HK + kv_head) * blocks + block`; blocks are numbered along the key tensor,
-    see `block_number`. Long lists are cut into segments of `segment` entries, and one work item is
-    one segment; `work` counts more of them than there are, the surplus having no bin.
+    A bin is `(batch * HK + kv_head) * blocks + block`, the block by its `block_number`. Long lists
+    are cut into segments of `segment` entries, and one work item is one segment; `work` counts more
+    of them than there are, the surplus having no bin.
 
     Args:
         entries: `query * n + slot`, queries counted from `first_query`; int32.
@@ -221,13 +221,16 @@ _NOT_SPECIALIZED = [
 
 
 @triton.jit
-def block_number(b_row, b_sequence, select_block_size):
-    """A number for the block that starts at a key row, of its own and ascending with the row.
+def block_number(b_row, b_sequence, blocks, select_block_size):
+    """A number below `blocks` for the block that starts at a key row, of its own.
 
     Within a sequence `row // m` grows by one from block to block; the sequence's number keeps its
-    first block apart from the last, perhaps partial, block of the sequence before.
+    first block apart from the last, perhaps partial, block of the sequence before. The first block
+    of all, which most queries choose, stays the first; after it come those of the latest queries,
+    whose neighbours all choose them: work that is long begins early.
     """
-    return b_row // select_block_size + b_sequence
+    number = b_row // select_block_size + b_sequence
+    return tl.where(number == 0, 0, blocks - number)
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
@@ -268,7 +271,7 @@ def _count_kernel(
         o_row = ((i_batch * T + o_query) * HK + i_kv) * n
         m_slot = m_query[:, None] & (o_slot < n)[None, :]
         b_row = tl.load(rows + o_row[:, None] + o_slot[None, :], mask=m_slot, other=-1)
-        b_block = block_number(b_row, b_sequence[:, None], select_block_size)
+        b_block = block_number(b_row, b_sequence[:, None], blocks, select_block_size)
         tl.atomic_add(p_offsets + b_block, 1, mask=b_row >= 0, sem="relaxed")
 
 
@@ -334,7 +337,7 @@ def _fill_kernel(
         o_row = ((i_batch * T + first_query + i_query) * HK + i_kv) * n + o_slot
         b_row = tl.load(rows + o_row, mask=o_slot < n, other=-1)
         m_row = b_row >= 0
-        b_block = block_number(b_row, b_sequence, select_block_size)
+        b_block = block_number(b_row, b_sequence, blocks, select_block_size)
         b_offset = tl.load(p_offsets + b_block, mask=m_row, other=0)
         o_entry = tl.load(p_starts + b_block, mask=m_row, other=0) + b_offset
         tl.store(entries + o_entry, i_query * n + o_slot, mask=m_row)

@@ -78,3 +78,72 @@ def load_keys(p_base, o_row, m_row, DIM: gl.constexpr, LAYOUT: gl.constexpr):
     """The rows at these offsets, those masked out as zeros. `[ROWS, DIM]`."""
     o_column = gl.arange(0, DIM, layout=gl.SliceLayout(0, LAYOUT))
     return gl.load(p_base + o_row[:, None] + o_column[None, :], mask=m_row[:, None], other=0.0)
+
+
+@gluon.jit
+def find_block(
+    p_entries, i_batch, i_kv, rows, sequence, cu_keys, first_query, T, S, HK, stride_bounds,
+    SLOTS: gl.constexpr, SELECT: gl.constexpr,
+):  # fmt: skip
+    """Where the keys of a list's block start and stop."""
+    entry = gl.load(p_entries)
+    i_query = first_query + entry // SLOTS
+    first_key = gl.load(rows + ((i_batch * T + i_query) * HK + i_kv) * SLOTS + entry % SLOTS)
+    if cu_keys is None:
+        stop = S
+    else:
+        i_sequence = gl.load(sequence + i_batch * stride_bounds + i_query)
+        stop = gl.minimum(gl.load(cu_keys + i_sequence + 1), S)
+    return first_key, gl.minimum(stop, first_key + SELECT)
+
+
+@gluon.jit
+def store_block(
+    b_dk, b_dk_rest, b_dv, b_key, i_batch, i_kv, i_part, i_work, starts, counts, segment_ends,
+    work_bins, long_ends, partial_dkdv, dk, dv, S, HK, bins,
+    PARTS: gl.constexpr, SEGMENT: gl.constexpr, K_REST: gl.constexpr,
+):  # fmt: skip
+    """Add a segment's `dk` and `dv` to the totals, or store them where a list has more segments.
+
+    `b_key` is 2147483647 for keys that are not there.
+    """
+    BLOCK_N: gl.constexpr = b_dk.shape[0]
+    DIM_V: gl.constexpr = b_dv.shape[1]
+    DIM_K: gl.constexpr = DIM_V + K_REST
+    SUMS: gl.constexpr = b_dv.type.layout
+    SUMS_REST: gl.constexpr = b_dk_rest.type.layout
+    i_bin, _, _, total = load_work(i_work, starts, counts, segment_ends, work_bins, bins, SEGMENT)
+    o_block = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, SUMS))
+    o_block_rest = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, SUMS_REST))
+    o_key = gl.convert_layout(b_key, gl.SliceLayout(1, SUMS))
+    o_key_rest = gl.convert_layout(b_key, gl.SliceLayout(1, SUMS_REST))
+    m_key = o_key < 2147483647
+    m_key_rest = o_key_rest < 2147483647
+    if total <= SEGMENT:
+        o_out = (i_batch * S + o_key) * HK + i_kv
+        _store_sums(dk, b_dk, o_out * DIM_K, m_key, True)
+        _store_sums(dv, b_dv, o_out * DIM_V, m_key, True)
+        if K_REST:
+            o_out = ((i_batch * S + o_key_rest) * HK + i_kv) * DIM_K
+            _store_sums(dk + DIM_V, b_dk_rest, o_out, m_key_rest, True)
+    else:
+        # Segments of long lists are stored side by side: dk in the first columns, dv after them.
+        i_segment = gl.load(long_ends + i_bin) - (gl.load(segment_ends + i_bin) - i_work)
+        i_out = (i_segment * PARTS + i_part).to(gl.int64) * BLOCK_N
+        o_out = (i_out + o_block) * (DIM_K + DIM_V)
+        _store_sums(partial_dkdv, b_dk, o_out, m_key, False)
+        _store_sums(partial_dkdv + DIM_K, b_dv, o_out, m_key, False)
+        if K_REST:
+            o_out = (i_out + o_block_rest) * (DIM_K + DIM_V)
+            _store_sums(partial_dkdv + DIM_V, b_dk_rest, o_out, m_key_rest, False)
+
+
+@gluon.jit
+def _store_sums(p_base, b_tile, o_row, m_row, ADD: gl.constexpr):
+    """Write rows, or add them to what no other program touches meanwhile."""
+    LAYOUT: gl.constexpr = b_tile.type.layout
+    o_column = gl.arange(0, b_tile.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+    p_tile = p_base + o_row[:, None] + o_column[None, :]
+    if ADD:
+        b_tile += gl.load(p_tile, mask=m_row[:, None], other=0.0)
+    gl.store(p_tile, b_tile, mask=m_row[:, None])

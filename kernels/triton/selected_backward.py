@@ -120,15 +120,14 @@ def selected_gradients(
             "SEGMENT": segment,
             "BLOCK_N": block_n,
         }
-        kernel, constants = _kernel_for(values, block_n, grad_out, q, v)
+        kernel, tensors, constants = _kernel_for(values, block_n, grad_out, q, v, partial_dq)
         for first in range(0, T, chunk):
             count = min(chunk, T - first)
             lists = block_lists(
                 rows, bounds, S, sequences, config.select_block_size, first, count, segment
             )
             kernel[(lists.work * parts,)](
-                grad_out,
-                q,
+                *tensors[:2],
                 k,
                 v,
                 lse_log2,
@@ -144,7 +143,7 @@ def selected_gradients(
                 lists.segment_ends,
                 lists.work_bins,
                 lists.long_ends,
-                partial_dq,
+                tensors[2],
                 partial_dkdv,
                 dk,
                 dv,
@@ -211,17 +210,27 @@ def selected_gradients(
 
 
 def _kernel_for(
-    values: dict[str, int], block_n: int, grad_out: Tensor, q: Tensor, v: Tensor
-) -> tuple[Any, dict[str, int]]:
-    """The kernel to run, and the constants that are its own."""
+    values: dict[str, int],
+    block_n: int,
+    grad_out: Tensor,
+    q: Tensor,
+    v: Tensor,
+    partial_dq: Tensor,
+) -> tuple[Any, tuple[Any, Any, Any], dict[str, int]]:
+    """The kernel to run, `grad_out, q, partial_dq` as it takes them, and its own constants."""
+    tensors = grad_out, q, partial_dq
     if values.get("gluon") and HAS_HOPPER_GLUON:
         # Not at the top: Gluon is there for Hopper alone.
         from nsa_port.kernels.triton import selected_backward_hopper as hopper
+        from nsa_port.kernels.triton import selected_backward_wide_hopper as wide
 
+        if block_n == wide.BLOCK_N and wide.takes(grad_out, q, v):
+            kernel = wide._by_block_backward_kernel
+            return kernel, wide.described(*tensors), wide.constants(grad_out, q)
         if block_n == hopper.BLOCK_N and hopper.takes(grad_out, q, v):
-            return hopper._by_block_backward_kernel, hopper.constants(grad_out, q)
+            return hopper._by_block_backward_kernel, tensors, hopper.constants(grad_out, q)
     dims = split_arguments(split_head(q.shape[-1]), split_head(v.shape[-1]))
-    return _by_block_backward_kernel, {
+    return _by_block_backward_kernel, tensors, {
         **dims, "BLOCK_M": values["BLOCK_M"], **launch_options(values)
     }  # fmt: skip
 

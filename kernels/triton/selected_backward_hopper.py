@@ -23,8 +23,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from nsa_port.kernels.triton.host import strides
 from nsa_port.kernels.triton.lists_hopper import (
     copy_rows,
+    find_block,
     load_keys,
     load_work,
+    store_block,
     store_partial,
 )
 
@@ -52,17 +54,6 @@ def constants(grad_out: Tensor, q: Tensor) -> dict[str, int]:
     close = strides(q)[-1] in (0, key_dim) and strides(grad_out)[-1] in (0, value_dim)
     dims = {"DIM_V": value_dim, "K_REST": key_dim - value_dim}
     return {**dims, "CLOSE": close, "BLOCK_M": _BLOCK_M, "num_warps": 8}
-
-
-@gluon.jit
-def _store_sums(
-    p_base, b_tile, o_row, m_row, ADD: gl.constexpr, DIM: gl.constexpr, LAYOUT: gl.constexpr
-):
-    """Write rows, or add them to what no other program touches meanwhile."""
-    p_tile = p_base + o_row[:, None] + gl.arange(0, DIM, layout=gl.SliceLayout(0, LAYOUT))[None, :]
-    if ADD:
-        b_tile += gl.load(p_tile, mask=m_row[:, None], other=0.0)
-    gl.store(p_tile, b_tile, mask=m_row[:, None])
 
 
 @gluon.jit
@@ -231,15 +222,10 @@ def _by_block_backward_kernel(
     i_kv = (i_bin // blocks % HK).to(gl.int64)
     i_batch = (i_bin // blocks // HK).to(gl.int64)
     p_entries = entries + start
-    entry = gl.load(p_entries)
-    i_query = first_query + entry // SLOTS
-    first_key = gl.load(rows + ((i_batch * T + i_query) * HK + i_kv) * SLOTS + entry % SLOTS)
-    if cu_keys is None:
-        stop = S
-    else:
-        i_sequence = gl.load(sequence + i_batch * stride_bounds + i_query)
-        stop = gl.minimum(gl.load(cu_keys + i_sequence + 1), S)
-    stop = gl.minimum(stop, first_key + SELECT)
+    first_key, stop = find_block(
+        p_entries, i_batch, i_kv, rows, sequence, cu_keys, first_query, T, S, HK, stride_bounds,
+        SLOTS, SELECT,
+    )  # fmt: skip
     first_key += i_part * BLOCK_N
 
     DTYPE: gl.constexpr = q.dtype.element_ty
@@ -398,29 +384,12 @@ def _by_block_backward_kernel(
     async_copy.wait_group(0)
 
     # Found again rather than kept in registers all along.
-    i_bin, _, _, total = load_work(i_work, starts, counts, segment_ends, work_bins, bins, SEGMENT)
-    o_block = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, SUMS))
-    o_block_rest = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, SUMS_REST))
-    o_key = gl.convert_layout(b_key, gl.SliceLayout(1, SUMS))
-    o_key_rest = gl.convert_layout(b_key, gl.SliceLayout(1, SUMS_REST))
-    m_key = o_key < 2147483647
-    m_key_rest = o_key_rest < 2147483647
-    if total <= SEGMENT:
-        i_kv = (i_bin // blocks % HK).to(gl.int64)
-        i_batch = (i_bin // blocks // HK).to(gl.int64)
-        o_out = (i_batch * S + o_key) * HK + i_kv
-        _store_sums(dk, b_dk, o_out * DIM_K, m_key, True, MAIN, SUMS)
-        _store_sums(dv, b_dv, o_out * DIM_V, m_key, True, MAIN, SUMS)
-        if K_REST:
-            o_out = ((i_batch * S + o_key_rest) * HK + i_kv) * DIM_K
-            _store_sums(dk + MAIN, b_dk_rest, o_out, m_key_rest, True, 64, SUMS_REST)
-    else:
-        # Segments of long lists are stored side by side: dk in the first columns, dv after them.
-        i_segment = gl.load(long_ends + i_bin) - (gl.load(segment_ends + i_bin) - i_work)
-        i_out = (i_segment * PARTS + i_part).to(gl.int64) * BLOCK_N
-        o_out = (i_out + o_block) * (DIM_K + DIM_V)
-        _store_sums(partial_dkdv, b_dk, o_out, m_key, False, MAIN, SUMS)
-        _store_sums(partial_dkdv + DIM_K, b_dv, o_out, m_key, False, MAIN, SUMS)
-        if K_REST:
-            o_out = (i_out + o_block_rest) * (DIM_K + DIM_V)
-            _store_sums(partial_dkdv + MAIN, b_dk_rest, o_out, m_key_rest, False, 64, SUMS_REST)
+    i_bin = gl.load(work_bins + i_work)
+    i_kv = (i_bin // blocks % HK).to(gl.int64)
+    i_batch = (i_bin // blocks // HK).to(gl.int64)
+    if not K_REST:
+        b_dk_rest = b_dk
+    store_block(
+        b_dk, b_dk_rest, b_dv, b_key, i_batch, i_kv, i_part, i_work, starts, counts, segment_ends,
+        work_bins, long_ends, partial_dkdv, dk, dv, S, HK, bins, PARTS, SEGMENT, K_REST,
+    )  # fmt: skip

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa_port.kernels.tables import Values
-from nsa_port.kernels.triton.hopper import copy_tile, describe_heads, next_stage
+from nsa_port.kernels.triton.hopper import copy_tile, describe, next_stage
 from nsa_port.kernels.triton.host import LOG2_E, cdiv, multiprocessors, split_head, strides
 from nsa_port.kernels.triton.lists import BlockLists
 from nsa_port.kernels.triton.lists_hopper import load_work
@@ -63,11 +63,11 @@ def attend(
     stride_b, stride_t, stride_h = strides(q)
     _hopper_by_block_kernel[(min(lists.work, multiprocessors(q.device)),)](
         q,
-        describe_heads(q, 1, heads, key.main) if heads >= 8 else None,
-        describe_heads(q, 1, heads, key.rest) if heads >= 8 else None,
-        describe_heads(k, SELECT, 1, key.main),
-        describe_heads(k, SELECT, 1, key.rest),
-        describe_heads(v, SELECT, 1, value.main),
+        describe(q, 1, min(64, key.main), heads) if heads >= 8 else None,
+        describe(q, 1, min(64, key.rest), heads) if heads >= 8 else None,
+        describe(k, SELECT, min(64, key.main), 1),
+        describe(k, SELECT, min(64, key.rest), 1),
+        describe(v, SELECT, min(64, value.main), 1),
         items,
         lists.entries,
         partial_out,

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from nsa_port.kernels.tables import Values
 from nsa_port.kernels.triton.bounds import QueryBounds, Tiles
-from nsa_port.kernels.triton.hopper import copy_tile, describe_heads, next_stage
+from nsa_port.kernels.triton.hopper import copy_tile, describe, next_stage
 from nsa_port.kernels.triton.host import LOG2_E, multiprocessors, split_head
 from nsa_port.kernels.triton.sharing import SharedBlocks
 
@@ -56,14 +56,14 @@ def attend(
     programs = multiprocessors(q.device) * values["programs"]
     part = SELECT // QUERIES
     _hopper_selected_kernel[(min(total, programs),)](
-        describe_heads(q, QUERIES, HEADS, key.main),
-        describe_heads(q, QUERIES, HEADS, key.rest),
+        describe(q, QUERIES, min(64, key.main), HEADS),
+        describe(q, QUERIES, min(64, key.rest), HEADS),
         *(
-            describe_heads(k, rows, 1, width)
+            describe(k, rows, min(64, width), 1)
             for width in (key.main, key.rest)
             for rows in (SELECT, part)
         ),
-        *(describe_heads(v, rows, 1, value.main) for rows in (SELECT, part)),
+        *(describe(v, rows, min(64, value.main), 1) for rows in (SELECT, part)),
         tiles.first,
         tiles.stop,
         shares.shared,

@@ -15,7 +15,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa_port.kernels.tables import Values
 from nsa_port.kernels.triton.bounds import QueryBounds, Tiles
-from nsa_port.kernels.triton.hopper import copy_tile, describe_heads, next_stage
+from nsa_port.kernels.triton.hopper import copy_tile, describe, next_stage
 from nsa_port.kernels.triton.host import LOG2_E, multiprocessors, next_power_of_2, split_head
 from nsa_port.kernels.triton.partials_hopper import from_partials, layout_of_partials
 from nsa_port.kernels.triton.selected_hopper import (
@@ -69,11 +69,11 @@ def attend(
     )
     programs = multiprocessors(q.device) * values["programs"]
     _hopper_merge_kernel[(min(total, programs),)](
-        describe_heads(q, size, heads, key.main),
-        describe_heads(q, size, heads, key.rest),
-        describe_heads(k, SELECT, 1, key.main),
-        describe_heads(k, SELECT, 1, key.rest),
-        describe_heads(v, SELECT, 1, value.main),
+        describe(q, size, min(64, key.main), heads),
+        describe(q, size, min(64, key.rest), heads),
+        describe(k, SELECT, min(64, key.main), 1),
+        describe(k, SELECT, min(64, key.rest), 1),
+        describe(v, SELECT, min(64, value.main), 1),
         partials,
         partial_lse,
         tiles.first,
