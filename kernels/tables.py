@@ -33,8 +33,8 @@ GENERIC_AMD = "generic_gfx"
 CONDITIONS = ("element_size", "head_dim", "exact_dims")
 
 _MAY_BE_ZERO = (
-    "DEPTH", "RELOAD", "fewest_queries", "gluon", "largest_group", "matrix_instr_nonkdim",
-    "most_heads", "waves_per_eu", "widest",
+    "DEPTH", "RELOAD", "fewest_of_large", "fewest_queries", "gluon", "largest_group",
+    "matrix_instr_nonkdim", "most_heads", "waves_per_eu", "widest",
 )  # fmt: skip
 _POWERS = ("num_warps", "OWN_N", "DEPTH")
 

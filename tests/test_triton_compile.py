@@ -30,10 +30,13 @@ TABLES = {"sm_80": "sm_80", "sm_90": "sm_90", "sm_100": "sm_100", "generic": "sm
 A_FEW_SCALARS = 32
 """Bytes that a kernel written for Hopper may spill: what it needs between its loops."""
 
-WORKERS = {"hopper_selected": 4}
+WORKERS = {"hopper_selected": 4, "hopper_merge": 4}
 """Warps that such a kernel has besides those that it is launched with, where not 8."""
 
-LEAST_LENGTHS = {"selected_by_block": 1024, "block_scores": 1100, "hopper_scores": 1100}
+LEAST_LENGTHS = {
+    "selected_by_block": 1024, "block_scores": 1100, "hopper_scores": 1100,
+    "hopper_by_block": 24576, "hopper_merge": 24576,
+}  # fmt: skip
 """What some kernels take from some length on only. Nothing is scored where all is chosen."""
 
 LEAST_SHARED_MEMORY = 99 * 1024
@@ -103,6 +106,18 @@ def test_every_tuned_entry_fits_its_architecture(
     if table == "sm_90":  # where ptxas is known to lose what sets a descriptor of wgmma
         assert not reads_before_writes(build.binary)
         assert build.uses_wgmma == ("exact_dims" in row), "wgmma where it should be, only there"
+
+
+@pytest.mark.parametrize("kernel", ["hopper_by_block", "hopper_merge"])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128)], ids=str)
+@pytest.mark.parametrize("group", [4, 8])
+def test_small_groups_fit_hopper_by_block(kernel: str, dims: tuple[int, int], group: int) -> None:
+    with compiling_for("sm_90", only=FUNCTIONS[kernel]) as builds:
+        launch(kernel, *dims, torch.bfloat16, G=group)
+    (build,) = builds
+    assert build.shared <= SHARED_MEMORY["sm_90"]
+    assert build.stack <= A_FEW_SCALARS
+    assert not reads_before_writes(build.binary)
 
 
 @pytest.mark.parametrize("group", [1, 4, 8, 32])

@@ -172,9 +172,9 @@ def test_branch_and_its_gradients_match_the_reference(operator: str, case: Case)
 @pytest.fixture
 def by_block(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Selected attention by block whatever the size, with short segments and several chunks."""
-    monkeypatch.setattr(selected, "query_chunk", lambda T, _: max(1, -(-T // 2)))
+    monkeypatch.setattr(selected, "query_chunk", lambda T, *_: max(1, -(-T // 2)))
     monkeypatch.setattr(
-        "nsa_port.kernels.triton.selected_backward.query_chunk", lambda T, _: max(1, -(-T // 2))
+        "nsa_port.kernels.triton.selected_backward.query_chunk", lambda T, *_: max(1, -(-T // 2))
     )
     always = {"fewest_queries": 0, "largest_group": 64, "segment": 8}
     with tuned_to({"selected_by_block": always, "selected_backward": {"segment": 8}}):
@@ -494,6 +494,12 @@ def test_selected_attention_of_many_queries_is_the_same_every_time(kv_heads: int
     for _ in range(20):
         again = kernels.selected_attention(q, k, v, indices, *tail)
         assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    for by_block in (0, 1 << 30):
+        design = {"fewest_queries": by_block, "fewest_of_large": by_block}
+        with tuned_to({"hopper_by_block": design}):
+            again = kernels.selected_attention(q, k, v, indices, *tail)
+        torch.testing.assert_close(again[0], first[0], rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(again[1], first[1], rtol=0.0, atol=1e-4)
 
 
 def test_in_place_of_no_block_stands_one_that_its_query_sees_to_the_end() -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton.experimental.gluon as gluon
 import triton.experimental.gluon.language as gl
 from torch import Tensor
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 TILE = gl.NVMMASharedLayout(128, 16, rank=4)
@@ -37,6 +37,21 @@ def describe(tensor: Tensor, rows: int, columns: int, heads: int = 1) -> TensorD
     pairs = zip(shape[:-1], tensor.stride()[:-1], strict=True)
     strides = [whole if size == 1 else stride for size, stride in pairs]
     return TensorDescriptor(tensor, shape, [*strides, 1], [1, rows, heads, columns], TILE)
+
+
+@gluon.jit
+def copy_tile(desc, i_batch, i_row, i_head, COLUMN: gl.constexpr, filled, buffer,
+              WIDTH: gl.constexpr, ROWS: gl.constexpr, HEADS: gl.constexpr,
+              START: gl.constexpr):  # fmt: skip
+    """Start copying `WIDTH` columns, 64 at a time, to the rows from `START` on of `[64, WIDTH]`."""
+    box: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=4)
+    pieces: gl.constexpr = 64 // (ROWS * HEADS)
+    boxes = buffer._reinterpret(buffer.dtype, [pieces * (WIDTH // 64), 1, ROWS, HEADS, 64], box)
+    for panel in gl.static_range(WIDTH // 64):
+        tma.async_copy_global_to_shared(
+            desc, [i_batch, i_row, i_head, COLUMN + panel * 64], filled,
+            boxes.index(panel * pieces + START // (ROWS * HEADS)),
+        )  # fmt: skip
 
 
 @gluon.jit

@@ -7,7 +7,8 @@ By block, for small groups: blocks that few neighbours share are left to program
 of a block and gather the queries that chose it, so that keys are loaded once per segment of the
 block's list. Each (query, block) gives a normalised partial output and its lse; a last kernel
 merges them in the order of the slots. Queries are worked on a bounded number at a time, which
-bounds the partial outputs.
+bounds the partial outputs. On Hopper that pays for groups of up to 16 heads where sequences are
+long, and the kernel that walks shared blocks merges the partial outputs too.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ from nsa_port.kernels.triton.tiles import LOG_2, dot, dot_split, load_rows, stor
 
 PARTIAL_BYTES = 2**30
 """Room for the partial results of the queries that are worked on at a time."""
+SMALL_GROUP_BYTES = 2**31
+"""The same for small groups in the forward's kernels for Hopper, for fewer launches. The rows of
+large groups' queries, which many blocks gather, would no longer stay in the cache."""
 
 
 def selected_attention(
@@ -82,6 +86,8 @@ def attend_selected(
     if lse is None:
         lse = torch.empty((B, T, H), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
+        return out, lse
+    if _by_block_hopper(q, k, v, indices, bounds, config, layout, scale, out, lse):
         return out, lse
     values = tuned(arch_of(q), "selected_by_block", q.element_size(), Dk, Dv)
     by_block = values["largest_group"] >= H // HK and values["fewest_queries"] <= T
@@ -179,6 +185,63 @@ def _by_tile(
     )
     merge(splits, out, lse)
     return shares.own
+
+
+def _by_block_hopper(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    bounds: QueryBounds,
+    config: NSAConfig,
+    layout: Layout,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> bool:
+    """Attend by block with the kernels written for Hopper; False where they do not take this."""
+    values = hopper_values("hopper_by_block", q, k, v) if scale > 0 else None
+    merging = hopper_values("hopper_merge", q, k, v)
+    if values is None or merging is None:
+        return False
+    # Not at the top: Gluon is there for Hopper alone.
+    from nsa_port.kernels.triton import selected_by_block_tma, selected_merge_hopper
+
+    B, T, H, _ = q.shape
+    S, HK, Dv = v.shape[1:]
+    m, n = config.select_block_size, config.num_selected
+    heads = next_power_of_2(H // HK)
+    if not 4 <= heads <= 16 or m != selected_by_block_tma.SELECT:
+        return False
+    if heads == 16 and values["fewest_of_large"] > T:
+        return False
+    size = 64 // heads
+    tiles = cut_tiles(T, size, layout.cu_seqlens)
+    least = max(2, cdiv(values["least_sharing"] * size, 16))
+    shares = share_blocks(indices, bounds, m, tiles, size, least, True)
+    # Whole tiles, as far as packed sequences do not cut others.
+    query_bytes = B * HK * heads * n * (Dv * q.element_size() + 4)
+    room = PARTIAL_BYTES if heads == 16 else SMALL_GROUP_BYTES
+    chunk = cdiv(query_chunk(T, query_bytes, room), size) * size
+    shape = (B, HK, chunk, n, heads)
+    partial_out = torch.empty((*shape, Dv), dtype=q.dtype, device=q.device)
+    sequences = 1 if layout.cu_seqlens is None else layout.cu_seqlens.shape[0] - 1
+    key_sequences = 1 if layout.cu_seqlens_k is None else layout.cu_seqlens_k.shape[0] - 1
+    for first in range(0, T, chunk):
+        count = min(chunk, T - first)
+        lists = block_lists(
+            shares.own, bounds, S, key_sequences, m, first, count, values["segment_tiles"] * size
+        )
+        # What is in no list stays 0, which stands for none.
+        partial_lse = torch.zeros(shape, dtype=torch.float32, device=q.device)
+        selected_by_block_tma.attend(
+            q, k, v, shares.own, lists, first, partial_out, partial_lse, scale, heads, values
+        )
+        selected_merge_hopper.attend(
+            q, k, v, shares, tiles, sequences, bounds, first, first + count - 1, partial_out,
+            partial_lse, scale, heads, out, lse, merging,
+        )  # fmt: skip
+    return True
 
 
 def _by_block(
@@ -284,9 +347,9 @@ def _kernel_by_block(
     return _by_block_kernel, {**dims, "BLOCK_M": values["BLOCK_M"], **launch_options(values)}
 
 
-def query_chunk(num_queries: int, bytes_per_query: int) -> int:
+def query_chunk(num_queries: int, bytes_per_query: int, room: int = PARTIAL_BYTES) -> int:
     """How many queries to work on at a time so that their partial results fit, in equal parts."""
-    most = max(64, PARTIAL_BYTES // bytes_per_query)
+    most = max(64, room // bytes_per_query)
     return cdiv(num_queries, cdiv(num_queries, most))
 
 

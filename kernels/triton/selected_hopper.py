@@ -15,15 +15,13 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa_port.kernels.tables import Values
 from nsa_port.kernels.triton.bounds import QueryBounds, Tiles
-from nsa_port.kernels.triton.hopper import TILE, next_stage
+from nsa_port.kernels.triton.hopper import copy_tile, describe, next_stage
 from nsa_port.kernels.triton.host import LOG2_E, multiprocessors, split_head
 from nsa_port.kernels.triton.sharing import SharedBlocks
 
@@ -58,14 +56,14 @@ def attend(
     programs = multiprocessors(q.device) * values["programs"]
     part = SELECT // QUERIES
     _hopper_selected_kernel[(min(total, programs),)](
-        _describe(q, QUERIES, HEADS, key.main),
-        _describe(q, QUERIES, HEADS, key.rest),
+        describe(q, QUERIES, min(64, key.main), HEADS),
+        describe(q, QUERIES, min(64, key.rest), HEADS),
         *(
-            _describe(k, rows, 1, width)
+            describe(k, rows, min(64, width), 1)
             for width in (key.main, key.rest)
             for rows in (SELECT, part)
         ),
-        *(_describe(v, rows, 1, value.main) for rows in (SELECT, part)),
+        *(describe(v, rows, min(64, value.main), 1) for rows in (SELECT, part)),
         tiles.first,
         tiles.stop,
         shares.shared,
@@ -92,17 +90,6 @@ def attend(
         num_warps=values["num_warps"],
         maxnreg=65536 // (256 * values["programs"]),
     )
-
-
-def _describe(tensor: Tensor, rows: int, heads: int, columns: int) -> TensorDescriptor | None:
-    """`[B, T, H, D]` as tiles of `rows` tokens, `heads` heads and 64 columns; None for none."""
-    if columns == 0:
-        return None
-    shape = list(tensor.shape)
-    whole = shape[1] * shape[2] * shape[3]
-    pairs = zip(shape[:-1], tensor.stride()[:-1], strict=True)
-    strides = [whole if size == 1 else stride for size, stride in pairs]
-    return TensorDescriptor(tensor, shape, [*strides, 1], [1, rows, heads, 64], TILE)
 
 
 @gluon.jit(
@@ -171,26 +158,19 @@ def _locate(i_work, where):
     i_tile = i_work % tiles
     i_kv = i_work // tiles % HK
     i_batch = i_work // tiles // HK
-    first = i_tile * 4
-    stop = gl.minimum(first + 4, T)
-    if tile_first is not None:
-        first = gl.load(tile_first + i_tile)
-        stop = gl.load(tile_stop + i_tile)
+    first, stop = tile_at(tile_first, tile_stop, i_tile, 4, T)
     return i_work.to(gl.int64), i_batch, i_kv, first, stop
 
 
 @gluon.jit
-def _copy(desc, i_batch, i_row, i_head, COLUMN: gl.constexpr, filled, buffer, WIDTH: gl.constexpr,
-          ROWS: gl.constexpr, HEADS: gl.constexpr, START: gl.constexpr):  # fmt: skip
-    """Start copying `WIDTH` columns, 64 at a time, to the rows from `START` on of `[64, WIDTH]`."""
-    box: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=4)
-    pieces: gl.constexpr = 64 // (ROWS * HEADS)
-    boxes = buffer._reinterpret(buffer.dtype, [pieces * (WIDTH // 64), 1, ROWS, HEADS, 64], box)
-    for panel in gl.static_range(WIDTH // 64):
-        tma.async_copy_global_to_shared(
-            desc, [i_batch, i_row, i_head, COLUMN + panel * 64], filled,
-            boxes.index(panel * pieces + START // (ROWS * HEADS)),
-        )  # fmt: skip
+def tile_at(tile_first, tile_stop, i_tile, SIZE: gl.constexpr, T):
+    """`bounds.tile_of`: the first token of a tile and the one past its last."""
+    first = i_tile * SIZE
+    stop = gl.minimum(first + SIZE, T)
+    if tile_first is not None:
+        first = gl.load(tile_first + i_tile)
+        stop = gl.load(tile_stop + i_tile)
+    return first, stop
 
 
 @gluon.jit
@@ -217,26 +197,18 @@ def _fetch(
             q_parity ^= 1
             filled = q_ready.index(0)
             mbarrier.expect(filled, 2 * 64 * (K_MAIN + K_REST))
-            _copy(q_main, i_batch, first, i_kv * G, 0, filled, q_buffer.index(0), K_MAIN, 4, 16, 0)
+            copy_tile(
+                q_main, i_batch, first, i_kv * G, 0, filled, q_buffer.index(0), K_MAIN, 4, 16, 0
+            )
             if K_REST:
-                _copy(q_rest, i_batch, first, i_kv * G, K_MAIN, filled, q_rest_buffer.index(0),
+                copy_tile(q_rest, i_batch, first, i_kv * G, K_MAIN, filled, q_rest_buffer.index(0),
                       K_REST, 4, 16, 0)  # fmt: skip
             for i_block in range(shared_count):
                 i_next = gl.load(p_shared + 3 * gl.minimum(i_block + 1, shared_count - 1))
-                filled = k_ready.index(i_stage)
-                mbarrier.wait(k_ready.index(STAGES + i_stage), parity)
-                mbarrier.expect(filled, 2 * 64 * (K_MAIN + K_REST))
-                _copy(k_main, i_batch, i_row, i_kv, 0, filled, k_buffer.index(i_stage), K_MAIN,
-                      64, 1, 0)  # fmt: skip
-                if K_REST:
-                    _copy(k_rest, i_batch, i_row, i_kv, K_MAIN, filled,
-                          k_rest_buffer.index(i_stage), K_REST, 64, 1, 0)  # fmt: skip
-                filled = v_ready.index(i_stage)
-                mbarrier.wait(v_ready.index(STAGES + i_stage), parity)
-                mbarrier.expect(filled, 2 * 64 * V_MAIN)
-                _copy(v_main, i_batch, i_row, i_kv, 0, filled, v_buffer.index(i_stage), V_MAIN,
-                      64, 1, 0)  # fmt: skip
-                i_stage, parity = next_stage(i_stage, parity, STAGES)
+                i_stage, parity = fetch_block(
+                    k_main, k_rest, v_main, buffers, ready, i_row, i_batch, i_kv, i_stage, parity,
+                    K_MAIN, K_REST, V_MAIN, STAGES,
+                )  # fmt: skip
                 i_row = i_next
             stride = HK * n
             p_own = own + ((i_batch.to(gl.int64) * T + first) * HK + i_kv) * n
@@ -258,20 +230,44 @@ def _fetch(
                     mbarrier.wait(k_ready.index(STAGES + i_stage), parity)
                     mbarrier.expect(filled, 2 * 64 * (K_MAIN + K_REST))
                     for i_query in gl.static_range(4):
-                        _copy(k_main_part, i_batch, rows[i_query] + part * 16, i_kv, 0, filled,
+                        copy_tile(k_main_part, i_batch, rows[i_query] + part * 16, i_kv, 0, filled,
                               k_buffer.index(i_stage), K_MAIN, 16, 1, i_query * 16)  # fmt: skip
                         if K_REST:
-                            _copy(k_rest_part, i_batch, rows[i_query] + part * 16, i_kv, K_MAIN,
+                            copy_tile(k_rest_part, i_batch, rows[i_query] + part * 16, i_kv, K_MAIN,
                                   filled, k_rest_buffer.index(i_stage), K_REST, 16, 1,
                                   i_query * 16)  # fmt: skip
                     filled = v_ready.index(i_stage)
                     mbarrier.wait(v_ready.index(STAGES + i_stage), parity)
                     mbarrier.expect(filled, 2 * 64 * V_MAIN)
                     for i_query in gl.static_range(4):
-                        _copy(v_main_part, i_batch, rows[i_query] + part * 16, i_kv, 0, filled,
+                        copy_tile(v_main_part, i_batch, rows[i_query] + part * 16, i_kv, 0, filled,
                               v_buffer.index(i_stage), V_MAIN, 16, 1, i_query * 16)  # fmt: skip
                     i_stage, parity = next_stage(i_stage, parity, STAGES)
                 row_0, row_1, row_2, row_3 = next_0, next_1, next_2, next_3
+
+
+@gluon.jit
+def fetch_block(
+    k_main, k_rest, v_main, buffers, ready, i_row, i_batch, i_kv, i_stage, parity,
+    K_MAIN: gl.constexpr, K_REST: gl.constexpr, V_MAIN: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Fetch the block at `i_row`; returns the stage after it."""
+    _, _, k_buffer, k_rest_buffer, v_buffer = buffers
+    _, k_ready, v_ready = ready
+    filled = k_ready.index(i_stage)
+    mbarrier.wait(k_ready.index(STAGES + i_stage), parity)
+    mbarrier.expect(filled, 2 * 64 * (K_MAIN + K_REST))
+    copy_tile(k_main, i_batch, i_row, i_kv, 0, filled, k_buffer.index(i_stage), K_MAIN,
+              64, 1, 0)  # fmt: skip
+    if K_REST:
+        copy_tile(k_rest, i_batch, i_row, i_kv, K_MAIN, filled,
+                  k_rest_buffer.index(i_stage), K_REST, 64, 1, 0)  # fmt: skip
+    filled = v_ready.index(i_stage)
+    mbarrier.wait(v_ready.index(STAGES + i_stage), parity)
+    mbarrier.expect(filled, 2 * 64 * V_MAIN)
+    copy_tile(v_main, i_batch, i_row, i_kv, 0, filled, v_buffer.index(i_stage), V_MAIN,
+              64, 1, 0)  # fmt: skip
+    return next_stage(i_stage, parity, STAGES)
 
 
 @gluon.jit
@@ -285,7 +281,7 @@ def _readable(row, m_absent, S):
 
 
 @gluon.jit
-def _soften(b_s, m_chose, running_max, running_sum, scale_log2):
+def soften(b_s, m_chose, running_max, running_sum, scale_log2):
     """Probabilities of a tile of scores, what to scale the rows' sums by, their new max and sum.
 
     Scores are not scaled yet, nor is the max. Rows with `m_chose` false keep what they have.
@@ -315,6 +311,66 @@ def _clean_behind(tile, count):
 
 
 @gluon.jit
+def load_block(p_shared, i_block, count):
+    """A shared block's three numbers, the last block's for those behind it."""
+    p_block = p_shared + gl.minimum(i_block, gl.maximum(count - 1, 0)) * 3
+    return gl.load(p_block), gl.load(p_block + 1), gl.load(p_block + 2)
+
+
+@gluon.jit
+def attend_block(
+    buffers, ready, block, state, b_upper, scale_log2, i_stage, parity,
+    MASKED: gl.constexpr, HEADS: gl.constexpr, K_REST: gl.constexpr, V_MAIN: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """Attend to a block that a tile's queries share, `HEADS` rows each.
+
+    The state is each row's largest score and sum, and the sums of values. Returns the next state
+    and the stage after the block.
+    """
+    q_buffer, q_rest_buffer, k_buffer, k_rest_buffer, v_buffer = buffers
+    _, k_ready, v_ready = ready
+    i_key, queries, end = block
+    running_max, running_sum, accumulator = state
+    dtype: gl.constexpr = q_buffer.dtype
+    by_key: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    by_value: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V_MAIN, 16])
+    o_row = gl.arange(0, 64, gl.SliceLayout(1, by_key))
+    m_chose = ((queries >> (o_row // HEADS)) & 1) > 0
+    mbarrier.wait(k_ready.index(i_stage), parity)
+    b_s = gl.zeros([64, 64], gl.float32, by_key)
+    b_k = k_buffer.index(i_stage).permute((1, 0))
+    b_s = warpgroup_mma(q_buffer.index(0), b_k, b_s, use_acc=False, is_async=True)
+    if K_REST:
+        b_k = k_rest_buffer.index(i_stage).permute((1, 0))
+        b_s = warpgroup_mma(q_rest_buffer.index(0), b_k, b_s, is_async=True)
+    b_s = warpgroup_mma_wait(0, deps=(b_s,))
+    mbarrier.arrive(k_ready.index(STAGES + i_stage), count=1)
+    b_v = v_buffer.index(i_stage)
+    if MASKED:
+        seen = end - i_key
+        o_key = gl.arange(0, 64, gl.SliceLayout(0, by_key))
+        b_seen = gl.where(m_chose, gl.minimum(b_upper - i_key, seen), 0)
+        b_s = gl.where(o_key[None, :] < b_seen[:, None], b_s, float("-inf"))
+        m_chose = b_seen > 0
+        mbarrier.wait(v_ready.index(i_stage), parity)
+        # What nobody sees may be anything, and 0 times NaN is NaN.
+        if seen < 64:
+            _clean_behind(b_v, seen)
+    b_p, decay, running_max, running_sum = soften(
+        b_s, m_chose, running_max, running_sum, scale_log2
+    )
+    accumulator *= gl.convert_layout(decay, gl.SliceLayout(1, by_value))[:, None]
+    b_p = gl.convert_layout(b_p.to(dtype), gl.DotOperandLayout(0, by_value, 2))
+    mbarrier.wait(v_ready.index(i_stage), parity)
+    accumulator = warpgroup_mma(b_p, b_v, accumulator, is_async=True)
+    accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
+    mbarrier.arrive(v_ready.index(STAGES + i_stage), count=1)
+    i_stage, parity = next_stage(i_stage, parity, STAGES)
+    return (running_max, running_sum, accumulator), i_stage, parity
+
+
+@gluon.jit
 def _consume(
     buffers, ready, where, lists, results, scale_log2,
     K_MAIN: gl.constexpr, K_REST: gl.constexpr, V_MAIN: gl.constexpr, STAGES: gl.constexpr,
@@ -331,7 +387,6 @@ def _consume(
     by_key: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     by_value: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V_MAIN, 16])
     row: gl.constexpr = gl.SliceLayout(1, by_key)
-    out_row: gl.constexpr = gl.SliceLayout(1, by_value)
     # The same registers hold the same numbers in both: rows of a warp are the heads of a query.
     batch: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8])
     batch_row: gl.constexpr = gl.SliceLayout(2, batch)
@@ -351,51 +406,26 @@ def _consume(
             shared_count = gl.load(p_counts + 1)
             own_count = gl.load(p_counts + 2)
             p_shared = shared + i_shares * kept * 3
-            o_row = gl.arange(0, 64, row)
-            o_query = first + o_row // 16
             p_bounds = upper + i_batch.to(gl.int64) * stride_bounds
+            mbarrier.wait(q_ready.index(0), q_parity)
+            q_parity ^= 1
+            o_query = first + gl.arange(0, 64, row) // 16
             b_upper = gl.load(p_bounds + o_query, mask=o_query < stop, other=0)
             running_max = gl.full([64], float("-inf"), gl.float32, row)
             running_sum = gl.zeros([64], gl.float32, row)
             accumulator = gl.zeros([64, V_MAIN], gl.float32, by_value)
-            mbarrier.wait(q_ready.index(0), q_parity)
-            q_parity ^= 1
+            state = (running_max, running_sum, accumulator)
+            block = load_block(p_shared, 0, shared_count)
             for MASKED in gl.static_range(2):
                 start = 0 if MASKED == 0 else whole_count
                 for i_block in range(start, whole_count if MASKED == 0 else shared_count):
-                    p_block = p_shared + i_block * 3
-                    m_chose = ((gl.load(p_block + 1) >> (o_row // 16)) & 1) > 0
-                    mbarrier.wait(k_ready.index(i_stage), parity)
-                    b_s = gl.zeros([64, 64], gl.float32, by_key)
-                    b_k = k_buffer.index(i_stage).permute((1, 0))
-                    b_s = warpgroup_mma(b_q, b_k, b_s, use_acc=False, is_async=True)
-                    if K_REST:
-                        b_k = k_rest_buffer.index(i_stage).permute((1, 0))
-                        b_s = warpgroup_mma(b_q_rest, b_k, b_s, is_async=True)
-                    b_s = warpgroup_mma_wait(0, deps=(b_s,))
-                    mbarrier.arrive(k_ready.index(STAGES + i_stage), count=1)
-                    b_v = v_buffer.index(i_stage)
-                    if MASKED:
-                        i_key = gl.load(p_block)
-                        seen = gl.load(p_block + 2) - i_key
-                        o_key = gl.arange(0, 64, gl.SliceLayout(0, by_key))
-                        b_seen = gl.where(m_chose, gl.minimum(b_upper - i_key, seen), 0)
-                        b_s = gl.where(o_key[None, :] < b_seen[:, None], b_s, float("-inf"))
-                        m_chose = b_seen > 0
-                        mbarrier.wait(v_ready.index(i_stage), parity)
-                        # What nobody sees may be anything, and 0 times NaN is NaN.
-                        if seen < 64:
-                            _clean_behind(b_v, seen)
-                    b_p, decay, running_max, running_sum = _soften(
-                        b_s, m_chose, running_max, running_sum, scale_log2
-                    )
-                    accumulator *= gl.convert_layout(decay, out_row)[:, None]
-                    b_p = gl.convert_layout(b_p.to(dtype), gl.DotOperandLayout(0, by_value, 2))
-                    mbarrier.wait(v_ready.index(i_stage), parity)
-                    accumulator = warpgroup_mma(b_p, b_v, accumulator, is_async=True)
-                    accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
-                    mbarrier.arrive(v_ready.index(STAGES + i_stage), count=1)
-                    i_stage, parity = next_stage(i_stage, parity, STAGES)
+                    following = load_block(p_shared, i_block + 1, shared_count)
+                    state, i_stage, parity = attend_block(
+                        buffers, ready, block, state, b_upper, scale_log2, i_stage, parity,
+                        MASKED, 16, K_REST, V_MAIN, STAGES,
+                    )  # fmt: skip
+                    block = following
+            running_max, running_sum, accumulator = state
 
             b_q_own = q_heads.load(batch_q)
             b_q_rest_own = b_q_own
@@ -430,7 +460,7 @@ def _consume(
                         b_s = mma_v2(b_q_rest_own, b_k, b_s)
                     fence_async_shared()
                     mbarrier.arrive(k_ready.index(STAGES + i_stage), count=1)
-                    b_p, decay, own_max, own_sum = _soften(
+                    b_p, decay, own_max, own_sum = soften(
                         b_s, m_chose, own_max, own_sum, scale_log2
                     )
                     own_out *= gl.expand_dims(decay, 2)

@@ -81,7 +81,24 @@ KERNELS: dict[str, Kernel] = {
         ("selected",),
         {"num_stages": (2, 3), "least_sharing": (2, 3, 4)},
         {},
-        along_with={"selected_by_block": {"largest_group": 0}},
+        along_with={
+            "hopper_by_block": {"fewest_queries": _ALWAYS},
+            "selected_by_block": {"largest_group": 0},
+        },
+    ),
+    "hopper_by_block": Kernel(
+        "_hopper_by_block_kernel",
+        ("selected",),
+        {"segment_tiles": (4, 8, 16), "least_sharing": (4, 6, 8)},
+        {},
+        along_with={"hopper_by_block": {"fewest_queries": 0, "fewest_of_large": 0}},
+    ),
+    "hopper_merge": Kernel(
+        "_hopper_merge_kernel",
+        ("selected",),
+        {"num_stages": (2, 3)},
+        {},
+        along_with={"hopper_by_block": {"fewest_queries": 0, "fewest_of_large": 0}},
     ),
     "hopper_scores": Kernel(
         "_hopper_scores_kernel",
@@ -104,6 +121,7 @@ KERNELS: dict[str, Kernel] = {
         {"BLOCK_M": (16, 64), "BLOCK_N": (32, 64), "num_warps": (1, 4), "num_stages": (2, 3)},
         {"BLOCK_N": (16, 32, 64), "num_warps": (1, 2), "num_stages": (1, 2)} | _AMD,
         along_with={
+            "hopper_by_block": {"fewest_queries": _ALWAYS},
             "hopper_selected": {"fewest_queries": _ALWAYS},
             "selected_by_block": {"largest_group": 0},
             "selected_by_wave": {"most_heads": 0},
@@ -115,6 +133,7 @@ KERNELS: dict[str, Kernel] = {
         {"BLOCK_M": (64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)},
         {"BLOCK_M": (32, 64, 128), "num_warps": (4, 8)} | _AMD,
         along_with={
+            "hopper_by_block": {"fewest_queries": _ALWAYS},
             "selected_by_block": {"largest_group": _ALWAYS, "fewest_queries": 0},
             "selected_by_wave": {"most_heads": 0},
         },
