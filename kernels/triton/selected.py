@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_port.kernels.geometry import Layout, NSAConfig
+from nsa_port.kernels.tables import Values
 from nsa_port.kernels.triton.bounds import Kind, QueryBounds, cut_tiles, query_bounds, tile_of
 from nsa_port.kernels.triton.host import (
     HAS_HOPPER_GLUON,
@@ -44,6 +45,7 @@ from nsa_port.kernels.triton.tiles import LOG_2, dot, dot_split, load_rows, stor
 
 PARTIAL_BYTES = 2**30
 """Room for the partial results of the queries that are worked on at a time."""
+_SMALL_GROUP = 8
 SMALL_GROUP_BYTES = 2**31
 """The same for small groups in the forward's kernels for Hopper, for fewer launches. The rows of
 large groups' queries, which many blocks gather, would no longer stay in the cache."""
@@ -87,8 +89,12 @@ def attend_selected(
         lse = torch.empty((B, T, H), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    if _by_block_hopper(q, k, v, indices, bounds, config, layout, scale, out, lse):
+    hopper = _by_block_values(q, k, v, config, scale)
+    if hopper is not None and (H // HK <= _SMALL_GROUP or hopper["fewest_of_large"] <= T):
+        _by_block_hopper(q, k, v, indices, bounds, config, layout, scale, hopper, out, lse)
         return out, lse
+    if hopper is not None:
+        _compile_for_longer(q, k, v, indices, config, scale, hopper)
     values = tuned(arch_of(q), "selected_by_block", q.element_size(), Dk, Dv)
     by_block = values["largest_group"] >= H // HK and values["fewest_queries"] <= T
     least = values["least_sharing"] if by_block else 0
@@ -187,6 +193,46 @@ def _by_tile(
     return shares.own
 
 
+def _by_block_values(
+    q: Tensor, k: Tensor, v: Tensor, config: NSAConfig, scale: float
+) -> Values | None:
+    """The values of the kernels written for Hopper that attend by block, None if they cannot."""
+    heads = next_power_of_2(q.shape[2] // v.shape[2])
+    if scale <= 0 or not 4 <= heads <= 16 or config.select_block_size != 64:
+        return None
+    return hopper_values("hopper_by_block", q, k, v)
+
+
+_compiled: set[tuple[Any, ...]] = set()
+"""For which calls the kernels of longer ones have been compiled."""
+
+
+def _compile_for_longer(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    config: NSAConfig,
+    scale: float,
+    values: Values,
+) -> None:
+    """With the first length, run what longer ones take on a part of it: none stops for it later."""
+    key = (q.device, q.dtype, q.shape[2:], v.shape[2:], strides(q), strides(k), strides(v), config)
+    if key in _compiled:
+        return
+    _compiled.add(key)
+    q, k, v, indices = (x[:, :_FEW] for x in (q, k, v, indices))
+    bounds = query_bounds(Kind.CAUSAL, _FEW, k.shape[1], config, Layout(k.shape[1]), q.device)
+    out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    layout = Layout(k.shape[1])
+    _by_block_hopper(q, k, v, indices, bounds, config, layout, scale, values, out, lse)
+
+
+_FEW = 128
+"""Queries of a run that is for compiling alone."""
+
+
 def _by_block_hopper(
     q: Tensor,
     k: Tensor,
@@ -196,14 +242,12 @@ def _by_block_hopper(
     config: NSAConfig,
     layout: Layout,
     scale: float,
+    values: Values,
     out: Tensor,
     lse: Tensor,
-) -> bool:
-    """Attend by block with the kernels written for Hopper; False where they do not take this."""
-    values = hopper_values("hopper_by_block", q, k, v) if scale > 0 else None
-    merging = hopper_values("hopper_merge", q, k, v)
-    if values is None or merging is None:
-        return False
+) -> None:
+    """Attend by block with the kernels written for Hopper, whose `values` these are."""
+    merging = tuned("sm_90", "hopper_merge", q.element_size(), q.shape[3], v.shape[3])
     # Not at the top: Gluon is there for Hopper alone.
     from nsa_port.kernels.triton import selected_by_block_tma, selected_merge_hopper
 
@@ -211,17 +255,13 @@ def _by_block_hopper(
     S, HK, Dv = v.shape[1:]
     m, n = config.select_block_size, config.num_selected
     heads = next_power_of_2(H // HK)
-    if not 4 <= heads <= 16 or m != selected_by_block_tma.SELECT:
-        return False
-    if heads == 16 and values["fewest_of_large"] > T:
-        return False
     size = 64 // heads
     tiles = cut_tiles(T, size, layout.cu_seqlens)
     least = max(2, cdiv(values["least_sharing"] * size, 16))
     shares = share_blocks(indices, bounds, m, tiles, size, least, True)
     # Whole tiles, as far as packed sequences do not cut others.
     query_bytes = B * HK * heads * n * (Dv * q.element_size() + 4)
-    room = PARTIAL_BYTES if heads == 16 else SMALL_GROUP_BYTES
+    room = SMALL_GROUP_BYTES if H // HK <= _SMALL_GROUP else PARTIAL_BYTES
     chunk = cdiv(query_chunk(T, query_bytes, room), size) * size
     shape = (B, HK, chunk, n, heads)
     partial_out = torch.empty((*shape, Dv), dtype=q.dtype, device=q.device)
@@ -241,7 +281,6 @@ def _by_block_hopper(
             q, k, v, shares, tiles, sequences, bounds, first, first + count - 1, partial_out,
             partial_lse, scale, heads, out, lse, merging,
         )  # fmt: skip
-    return True
 
 
 def _by_block(
