@@ -2,7 +2,7 @@
 # On a machine with an NVIDIA GPU: hold the backend `cuda` to the suite, check memory and races, time
 # it next to its targets and to dense attention. Everything is written to a folder.
 #   ci/cuda.sh [FOLDER]    the report's folder, by default cuda-report
-# PYTHON names an interpreter with torch, triton, numpy and pytest (python3), JOBS over how many
+# PYTHON names an interpreter with torch, triton, numpy, pytest and pytest-xdist (python3), JOBS over how many
 # processes the suite is spread (8), STEPS which of "facts first suite operators sanitizer targets
 # bench" to run, LEVEL the suite's (5). A step that fails does not stop the others; fails if one does.
 set -uo pipefail
@@ -31,7 +31,7 @@ step first env TRITON_CACHE_DIR="$cold" "$python" ci/cuda_first.py
 rm -rf "$cold"
 step suite "$python" -m nsa_port conformance --backend cuda --level "${LEVEL:-5}" \
   --jobs "${JOBS:-8}" --out "$report/suite"
-step operators "$python" -m pytest -q -p no:cacheprovider tests/triton_operators.py
+step operators "$python" -m pytest -q -n "${JOBS:-8}" -p no:cacheprovider tests/triton_operators.py
 # Small shapes of every kernel: the sanitizer is a hundred times slower.
 small="the_whole_and_its_gradients and (packed or holes or group_of_5)"
 for tool in memcheck racecheck; do

@@ -190,17 +190,19 @@ def _share_blocks_kernel(
     total = tl.sum(b_total, 0)
     front, back = total & 0xFFFF, total >> 16
     o_listed = tl.where(m_front, b_before & 0xFFFF, front + (b_before >> 16))
-    p_shared = shared + (tl.program_id(0).to(tl.int64) * kept + o_listed) * FIELDS
-    _store(p_shared, b_row, m_listed)
-    _store(p_shared + 1, b_queries, m_listed)
-    _store(p_shared + 2, tl.minimum(b_end, b_row + select_block_size), m_listed)
+    p_shared = shared + tl.program_id(0).to(tl.int64) * kept * FIELDS
+    o_listed *= FIELDS
+    _store(p_shared, o_listed, b_row, m_listed)
+    _store(p_shared + 1, o_listed, b_queries, m_listed)
+    _store(p_shared + 2, o_listed, tl.minimum(b_end, b_row + select_block_size), m_listed)
 
     b_own = (m_block & (m_shared == 0)).to(tl.int32)
     b_left = tl.sum(b_own, 1)
     b_before = tl.cumsum(b_own, 1) - b_own
     o_target = tl.where(b_own > 0, b_before, b_left[:, None] + o_slot[None, :] - b_before)
-    p_own = own + (((i_batch * T + o_query) * HK + i_kv) * N)[:, None]
-    _store(p_own + o_target, tl.where(b_own > 0, b_row, b_none[:, None]), m_slot)
+    p_own = own + ((i_batch * T + first) * HK + i_kv) * N
+    o_target += (o_member * HK * N)[:, None]
+    _store(p_own, o_target, tl.where(b_own > 0, b_row, b_none[:, None]), m_slot)
     p_counts = counts + tl.program_id(0).to(tl.int64) * COUNTS
     tl.store(p_counts, front)
     tl.store(p_counts + 1, front + back)
@@ -208,9 +210,9 @@ def _share_blocks_kernel(
 
 
 @triton.jit
-def _store(p_tile, b_tile, m_tile):
+def _store(p_base, o_tile, b_tile, m_tile):
     """A store to scattered places. Triton gives its first dimension's to neighbouring lanes, which
     is the one that they have already if the tile is transposed.
     """
-    p_tile, b_tile, m_tile = p_tile.trans(1, 0), b_tile.trans(1, 0), m_tile.trans(1, 0)
-    tl.store(p_tile, b_tile, mask=m_tile)
+    o_tile, b_tile, m_tile = o_tile.trans(1, 0), b_tile.trans(1, 0), m_tile.trans(1, 0)
+    tl.store(p_base + o_tile, b_tile, mask=m_tile)
