@@ -579,7 +579,8 @@ def test_a_new_length_compiles_nothing() -> None:
         for dtype in (torch.float16,):
             run_everything(replace(case, dtype=dtype), as_dict(replace(case, dtype=dtype)))
 
-    for T, B in ((300, 1), (512, 2)):
+    # Short enough to choose every block, and longer.
+    for T, B in ((300, 1), (512, 2), (1100, 1), (1536, 2)):
         run(T, B)
     compiled: list[str] = []
     hook = knobs.runtime.jit_post_compile_hook
