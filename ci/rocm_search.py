@@ -2,6 +2,7 @@
 
     PYTHONPATH=. python3 ci/rocm_search.py gfx942 gfx950 --jobs 8
     PYTHONPATH=. python3 ci/rocm_search.py gfx942 --kernels interval_dq   # the others as they are
+    PYTHONPATH=. python3 ci/rocm_search.py gfx942 --classes 4,128 2,256   # float32 to 128, ...
     PYTHONPATH=. python3 ci/rocm_search.py gfx1100 --also venv/bin/python   # with another triton
 
 Each candidate is compiled and run on the emulator with few queries and many keys. One that spills
@@ -320,6 +321,14 @@ def _search(task: _Task, also: str | None) -> tuple[_Task, Found]:
     return task, found
 
 
+def _class(text: str) -> tuple[int, int]:
+    """Of `CLASSES`, "2,128" for (2, 128)."""
+    size, dim = map(int, text.split(","))
+    if (size, dim) not in CLASSES:
+        raise ValueError(text)
+    return size, dim
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--inspect"]:
         print(json.dumps(_inspect(*json.loads(sys.argv[2]))))
@@ -327,6 +336,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("arch", nargs="+", choices=list(ARCHITECTURES))
     parser.add_argument("--kernels", nargs="+", default=list(TILES), choices=list(TILES))
+    parser.add_argument(
+        "--classes", nargs="+", type=_class, default=list(CLASSES), metavar="SIZE,HEAD_DIM"
+    )
     parser.add_argument("--also", help="python with another triton, which must not spill either")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     arguments = parser.parse_args()
@@ -334,7 +346,7 @@ def main() -> None:
         (arch, kernel, *entry)
         for arch in arguments.arch
         for kernel in arguments.kernels
-        for entry in CLASSES
+        for entry in arguments.classes
         if candidates(arch, kernel, 2, 128)
     ]
     results: dict[str, dict[tuple[str, int, int], Found]] = {arch: {} for arch in arguments.arch}
