@@ -242,8 +242,11 @@ def _inspect(arch: str, kernel: str, size: int, dim: int, tried: list[Values]) -
     """`spilled_by`, in the other interpreter."""
     shape, found = shape_for(arch, kernel, size, dim), []
     for values in tried:
-        problems = compiled(arch, kernel, shape, values).problems()
-        found.append(f"triton {triton.__version__}: {'; '.join(problems)}" if problems else "")
+        try:
+            problem = "; ".join(compiled(arch, kernel, shape, values).problems())
+        except Exception as error:  # whatever goes wrong takes the candidate out
+            problem = f"{type(error).__name__}: {error}"[:200]
+        found.append(f"triton {triton.__version__}: {problem}" if problem else "")
     return found
 
 

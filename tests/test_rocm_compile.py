@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -29,6 +30,12 @@ TABLES: dict[str, tuple[str, ...]] = {
 
 ANY = 2**30
 """Of LDS: what does not fit is to be seen."""
+
+VARIED = (
+    "BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "DEPTH", "RELOAD", "matrix_instr_nonkdim",
+    "kpack", "waves_per_eu",
+)  # fmt: skip
+"""Values that candidates of the search differ in."""
 
 
 def entries() -> list[tuple[str, str, str, int]]:
@@ -69,6 +76,18 @@ def test_every_tuned_entry_fits_its_gpu(table: str, arch: str, kernel: str, inde
     assert bool(facts.matrix_instructions) == has_matrix
     if kernel in ("selected_by_wave", "selected_by_tile"):
         assert facts.lds_bytes == 0, "a tile goes through the LDS"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_tuned_entry_is_what_the_search_chose(arch: str) -> None:
+    path = Path(__file__).parent.parent / "ci" / "results" / f"rocm-search-{arch}.json"
+    counted = json.loads(path.read_text())["kernels"]
+    for kernel, rows in tables.shipped_table(arch).items():
+        for row in rows:
+            found = counted[kernel][f"{row['element_size']} bytes, {row['head_dim']}"]
+            (chosen,) = [each for each in found if each.get("chosen")]
+            assert [chosen.get(name) for name in VARIED] == [row.get(name) for name in VARIED]
+            assert "out" not in chosen
 
 
 @pytest.mark.parametrize(
