@@ -2,6 +2,7 @@
 
     PYTHONPATH=. python3 ci/rocm_search.py gfx942 gfx950 --jobs 8
     PYTHONPATH=. python3 ci/rocm_search.py gfx942 --kernels interval_dq   # the others as they are
+    PYTHONPATH=. python3 ci/rocm_search.py gfx942 --classes 4,128 2,256   # float32 to 128, ...
     PYTHONPATH=. python3 ci/rocm_search.py gfx1100 --also venv/bin/python   # with another triton
 
 Each candidate is compiled and run on the emulator with few queries and many keys. One that spills
@@ -25,6 +26,9 @@ import multiprocessing
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -35,7 +39,7 @@ import triton
 
 from ci.rocm_measure import Run, measure
 from nsa_port.emulator.architectures import ARCHITECTURES
-from nsa_port.emulator.report import Compiled, inspect
+from nsa_port.emulator.report import inspect
 from nsa_port.kernels import amd, tables
 from nsa_port.kernels import triton as shared
 from nsa_port.tune.compile_only import compiling_for
@@ -49,6 +53,10 @@ WITHIN = 1.1
 ALONE = 1.5
 ENOUGH_WAVES = 4
 ANY = 2**30
+FEW, MANY = 8, 1024
+"""Queries of which the keys are split, and are not, at 16 heads."""
+UNSET = ("DEPTH", "RELOAD", "waves_per_eu")
+"""Values that a candidate without them has as 0."""
 
 Values = dict[str, int]
 _Task = tuple[str, str, int, int]
@@ -189,23 +197,38 @@ tensors beyond the reach of the one by wave, any entry does there that fits.
 """
 
 
-def compiled(arch: str, kernel: str, shape: Shape, values: Values) -> Compiled:
-    """What the compiler makes of the tuned device function."""
+def problems(arch: str, kernel: str, shape: Shape, values: Values) -> tuple[str, ...]:
+    """What keeps the tuned device function from being launched, in any of its forms.
+
+    With few queries the keys of each are split, and their results are written otherwise.
+    """
     call, function = FUNCTIONS[kernel]
-    with choosing(kernel, values), compiling_for(arch, ANY) as builds:
-        calls(_module(kernel), shape)[call]()
-    build = next(build for build in builds if build.name == function)
-    return inspect(build.assembly, build.shared)
+    found: list[str] = []
+    for queries in (shape.queries, FEW, MANY):
+        form = replace(shape, queries=queries)
+        with only(arch, kernel, values), compiling_for(arch, ANY, only=function) as builds:
+            calls(_module(kernel), form)[call]()
+        for build in builds:
+            found += inspect(build.assembly, build.shared).problems()
+    return tuple(dict.fromkeys(found))
 
 
-def try_one(arch: str, kernel: str, shape: Shape, values: Values) -> Run | Compiled | str:
+@contextmanager
+def only(arch: str, kernel: str, values: Values) -> Iterator[None]:
+    """Launch a kernel with these values and with nothing else of the entry that the table has."""
+    names = {name for row in tables.shipped_table(arch).get(kernel, []) for name in row}
+    with choosing(kernel, {**dict.fromkeys(names & set(UNSET), 0), **values}):
+        yield
+
+
+def try_one(arch: str, kernel: str, shape: Shape, values: Values) -> Run | str:
     """The launch of the tuned device function, or why the candidate is out."""
     call, function = FUNCTIONS[kernel]
     try:
-        facts = compiled(arch, kernel, shape, values)
-        if facts.problems():
-            return facts
-        with choosing(kernel, values):
+        found = problems(arch, kernel, shape, values)
+        if found:
+            return "; ".join(found)
+        with only(arch, kernel, values):
             runs = measure(arch, calls(_module(kernel), shape)[call])
     except Exception as error:  # whatever goes wrong takes the candidate out
         return f"{type(error).__name__}: {error}"[:200]
@@ -241,8 +264,11 @@ def _inspect(arch: str, kernel: str, size: int, dim: int, tried: list[Values]) -
     """`spilled_by`, in the other interpreter."""
     shape, found = shape_for(arch, kernel, size, dim), []
     for values in tried:
-        problems = compiled(arch, kernel, shape, values).problems()
-        found.append(f"triton {triton.__version__}: {'; '.join(problems)}" if problems else "")
+        try:
+            problem = "; ".join(problems(arch, kernel, shape, values))
+        except Exception as error:  # whatever goes wrong takes the candidate out
+            problem = f"{type(error).__name__}: {error}"[:200]
+        found.append(f"triton {triton.__version__}: {problem}" if problem else "")
     return found
 
 
@@ -258,11 +284,9 @@ def best(runs: list[Run]) -> int:
     return min(range(len(runs)), key=merit)
 
 
-def row_of(values: Values, outcome: Run | Compiled | str) -> dict[str, Any]:
+def row_of(values: Values, outcome: Run | str) -> dict[str, Any]:
     if isinstance(outcome, str):
         return {**values, "out": outcome}
-    if isinstance(outcome, Compiled):
-        return {**values, "out": "; ".join(outcome.problems())}
     return {
         **values,
         "instructions": outcome.instructions,
@@ -320,6 +344,14 @@ def _search(task: _Task, also: str | None) -> tuple[_Task, Found]:
     return task, found
 
 
+def _class(text: str) -> tuple[int, int]:
+    """Of `CLASSES`, "2,128" for (2, 128)."""
+    size, dim = map(int, text.split(","))
+    if (size, dim) not in CLASSES:
+        raise ValueError(text)
+    return size, dim
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--inspect"]:
         print(json.dumps(_inspect(*json.loads(sys.argv[2]))))
@@ -327,6 +359,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("arch", nargs="+", choices=list(ARCHITECTURES))
     parser.add_argument("--kernels", nargs="+", default=list(TILES), choices=list(TILES))
+    parser.add_argument(
+        "--classes", nargs="+", type=_class, default=list(CLASSES), metavar="SIZE,HEAD_DIM"
+    )
     parser.add_argument("--also", help="python with another triton, which must not spill either")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     arguments = parser.parse_args()
@@ -334,7 +369,7 @@ def main() -> None:
         (arch, kernel, *entry)
         for arch in arguments.arch
         for kernel in arguments.kernels
-        for entry in CLASSES
+        for entry in arguments.classes
         if candidates(arch, kernel, 2, 128)
     ]
     results: dict[str, dict[tuple[str, int, int], Found]] = {arch: {} for arch in arguments.arch}

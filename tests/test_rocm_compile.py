@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -29,6 +30,15 @@ TABLES: dict[str, tuple[str, ...]] = {
 
 ANY = 2**30
 """Of LDS: what does not fit is to be seen."""
+
+SPLITTING = ("interval_forward", "selected_by_wave", "selected_by_query")
+"""Kernels that split the keys of few queries, and then write their results otherwise."""
+
+VARIED = (
+    "BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "DEPTH", "RELOAD", "matrix_instr_nonkdim",
+    "kpack", "waves_per_eu",
+)  # fmt: skip
+"""Values that candidates of the search differ in."""
 
 
 def entries() -> list[tuple[str, str, str, int]]:
@@ -59,9 +69,12 @@ def test_every_tuned_entry_fits_its_gpu(table: str, arch: str, kernel: str, inde
     value_dim = 128 if row["head_dim"] == 192 else row["head_dim"]
     dtype = torch.bfloat16 if row["element_size"] == 2 else torch.float32
     group = 4 if kernel in OF_SMALL_GROUPS else 16
-    shape = Shape(64, 2048, group, row["head_dim"], value_dim, dtype=dtype)
+    shape = Shape(1024, 2048, group, row["head_dim"], value_dim, dtype=dtype)
     facts = built(arch, kernel, shape, tables.values_of(row))
     assert facts.problems() == ()
+    if kernel in SPLITTING:
+        split = built(arch, kernel, replace(shape, queries=8), tables.values_of(row))
+        assert split.problems() == ()
     # A slot without a block has row -1: the compiler cannot know that no offset is negative.
     assert facts.buffer_loads > 0 or kernel == "selected_by_query"
     # RDNA has no matrix instruction for float32.
@@ -69,6 +82,18 @@ def test_every_tuned_entry_fits_its_gpu(table: str, arch: str, kernel: str, inde
     assert bool(facts.matrix_instructions) == has_matrix
     if kernel in ("selected_by_wave", "selected_by_tile"):
         assert facts.lds_bytes == 0, "a tile goes through the LDS"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_tuned_entry_is_what_the_search_chose(arch: str) -> None:
+    path = Path(__file__).parent.parent / "ci" / "results" / f"rocm-search-{arch}.json"
+    counted = json.loads(path.read_text())["kernels"]
+    for kernel, rows in tables.shipped_table(arch).items():
+        for row in rows:
+            found = counted[kernel][f"{row['element_size']} bytes, {row['head_dim']}"]
+            (chosen,) = [each for each in found if each.get("chosen")]
+            assert [chosen.get(name) for name in VARIED] == [row.get(name) for name in VARIED]
+            assert "out" not in chosen
 
 
 @pytest.mark.parametrize(
