@@ -66,9 +66,11 @@ def values_of_cuda(shape: Shape) -> Iterator[None]:
             **tables.tuned("sm_90", kernel, size, shape.key_dim, shape.value_dim),
         }
         for kernel in tables.shipped_table("sm_90")
+        if not kernel.startswith("hopper")
     }
     for values in changes.values():
-        values.pop("gluon", None)
+        for name in ("gluon", "few_rows", "few_warps"):
+            values.pop(name, None)
     with tables.tuned_to(changes), of_a_long_sequence():
         yield
 
