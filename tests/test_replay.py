@@ -163,10 +163,15 @@ def test_what_does_more_than_launch_is_never_repeated() -> None:
     assert list(replay._plans.values()) == [None]
 
 
-def test_at_most_so_many_calls_are_remembered() -> None:
+def test_so_many_calls_are_remembered_and_first_those_that_come_often() -> None:
     def function(x: Tensor) -> tuple[Tensor, ...]:
         return (torch.empty(3),)
 
-    for size in range(replay._MOST_CALLS + 5):
+    often = torch.ones(9999)
+    for _ in range(2):
+        replay.repeated(function, (often,))
+    for size in range(2 * replay._MOST_CALLS):
         replay.repeated(function, (torch.ones(size),))
+        replay.repeated(function, (often,))
     assert len(replay._plans) == replay._MOST_CALLS
+    assert sum(isinstance(plan, replay._Plan) for plan in replay._plans.values()) == 1

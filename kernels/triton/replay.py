@@ -63,6 +63,7 @@ def repeated(
     )
     plan = _plans.get(key, _UNSEEN)
     if isinstance(plan, _Plan):
+        _keep(key)
         return plan.repeat(addresses)
     if plan is _UNSEEN:
         _remember(key, _SEEN)
@@ -94,6 +95,13 @@ def _remember(key: Hashable, value: Any) -> None:
         _plans[key] = value
         while len(_plans) > _MOST_CALLS:
             _plans.popitem(last=False)
+
+
+def _keep(key: Hashable) -> None:
+    """Calls that come often are not forgotten for ones that came once."""
+    with _lock:
+        if key in _plans:
+            _plans.move_to_end(key)
 
 
 class _Place(NamedTuple):
