@@ -15,6 +15,7 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
+from ci import rocm_search
 from nsa_port.emulator.architectures import ARCHITECTURES
 from nsa_port.emulator.report import Compiled, inspect
 from nsa_port.kernels import amd, tables
@@ -94,6 +95,14 @@ def test_every_tuned_entry_is_what_the_search_chose(arch: str) -> None:
             (chosen,) = [each for each in found if each.get("chosen")]
             assert [chosen.get(name) for name in VARIED] == [row.get(name) for name in VARIED]
             assert "out" not in chosen
+
+
+def test_a_candidate_of_the_search_keeps_nothing_of_the_entry_that_the_table_has() -> None:
+    candidate = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 2, "num_stages": 1}
+    assert tables.tuned("gfx1201", "interval_dkdv", 4, 256)["DEPTH"]
+    with rocm_search.only("gfx1201", "interval_dkdv", candidate):
+        tried = tables.tuned("gfx1201", "interval_dkdv", 4, 256)
+    assert {name: value for name, value in tried.items() if value} == candidate
 
 
 @pytest.mark.parametrize(
