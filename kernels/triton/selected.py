@@ -93,7 +93,7 @@ def attend_selected(
     if hopper is not None and (H // HK <= _SMALL_GROUP or hopper["fewest_of_large"] <= T):
         _by_block_hopper(q, k, v, indices, bounds, config, layout, scale, hopper, out, lse)
         return out, lse
-    if hopper is not None:
+    if hopper is not None and not layout.packed:
         _compile_for_longer(q, k, v, indices, config, scale, hopper)
     values = tuned(arch_of(q), "selected_by_block", q.element_size(), Dk, Dv)
     by_block = values["largest_group"] >= H // HK and values["fewest_queries"] <= T
@@ -217,15 +217,15 @@ def _compile_for_longer(
     values: Values,
 ) -> None:
     """With the first length, run what longer ones take on a part of it: none stops for it later."""
-    key = (q.device, q.dtype, q.shape[2:], v.shape[2:], strides(q), strides(k), strides(v), config)
+    key = (q.device, q.dtype, q.shape[2:], v.shape[2:], config)
     if key in _compiled:
         return
     _compiled.add(key)
     q, k, v, indices = (x[:, :_FEW] for x in (q, k, v, indices))
-    bounds = query_bounds(Kind.CAUSAL, _FEW, k.shape[1], config, Layout(k.shape[1]), q.device)
+    layout = Layout(_FEW)
+    bounds = query_bounds(Kind.CAUSAL, _FEW, _FEW, config, layout, q.device)
     out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    layout = Layout(k.shape[1])
     _by_block_hopper(q, k, v, indices, bounds, config, layout, scale, values, out, lse)
 
 
