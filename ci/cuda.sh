@@ -2,9 +2,10 @@
 # On a machine with an NVIDIA GPU: hold the backend `cuda` to the suite, check memory and races, time
 # it next to its targets and to dense attention. Everything is written to a folder.
 #   ci/cuda.sh [FOLDER]    the report's folder, by default cuda-report
-# PYTHON names an interpreter with torch, triton, numpy, pytest and pytest-xdist (python3), JOBS over how many
-# processes the suite is spread (8), STEPS which of "facts first suite operators sanitizer targets
-# bench" to run, LEVEL the suite's (5). A step that fails does not stop the others; fails if one does.
+# PYTHON names an interpreter with torch, triton, numpy, pytest and pytest-xdist (python3), JOBS over
+# how many processes the suite and the operators' tests are spread (8), STEPS which of "facts first
+# suite operators sanitizer targets bench" to run, LEVEL the suite's (5). A step that fails does not
+# stop the others; fails if one does.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 report=${1:-cuda-report}
