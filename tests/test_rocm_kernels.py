@@ -125,18 +125,18 @@ def test_the_number_of_dies_changes_no_bit(group: int, monkeypatch: pytest.Monke
         assert torch.equal(lse, results[0][1])
 
 
-@pytest.mark.parametrize("arch", CHIPS)
-def test_one_wave_executes_nine_tenths_of_the_shared_kernels_instructions_at_most(
-    arch: str,
+@pytest.mark.parametrize(("arch", "tenths"), [("gfx90a", 7), ("gfx942", 8), ("gfx950", 9)])
+def test_one_wave_executes_fewer_instructions_than_the_shared_kernel(
+    arch: str, tenths: int
 ) -> None:
-    """Six to nine: tiles of 64 keys, seven at most, spill with triton 3.9 on gfx942 and gfx950."""
+    """Tiles of 64 keys, seven tenths at most, spill with triton 3.9 on gfx942 and gfx950."""
     shape = Shape(queries=16, keys=1024)  # as many as are not split
     counts = []
     for module in (amd, shared):
         with emulator.emulated(arch) as session:
             calls(module, shape)["selected"]()
         counts.append(session.launches[-1].counters.instructions)
-    assert counts[0] * 10 <= counts[1] * 9
+    assert counts[0] * 10 <= counts[1] * tenths
 
 
 def equal_scores(keys: int, queries: int, dim: int = 16) -> tuple[Tensor, Tensor, Tensor]:

@@ -570,6 +570,19 @@ def test_the_whole_and_its_gradients_are_those_of_the_reference(name: str) -> No
         assert_close(*gradient, f"d{place}", source=x.grad, lse=whole.lse.cpu())
 
 
+@pytest.mark.parametrize("by_block", [False, True])
+def test_few_queries_without_gradients_are_those_of_the_reference(by_block: bool) -> None:
+    case = by_name["few_queries"]
+    x = make_inputs(case)
+    tensors = x.tensors()
+    exact, _ = reference_run("nsa_attention", case, tensors, (x.grad,), wide=True)
+    plain, _ = reference_run("nsa_attention", case, tensors, (x.grad,), wide=False)
+    design = {"fewest_queries": 0, "largest_group": 99} if by_block else {}
+    with tuned_to({"selected_by_block": design}):
+        whole = kernels.nsa_attention(*on_device(*tensors), *tail(case), False)
+    assert_close(whole.out.cpu(), exact[0], plain[0], "out")
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter compiles nothing")
 def test_a_new_length_compiles_nothing() -> None:
     from triton import knobs

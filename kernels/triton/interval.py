@@ -25,7 +25,7 @@ from nsa_port.kernels.triton.host import (
     strides,
     tuned,
 )
-from nsa_port.kernels.triton.splitting import Merge, merge_splits, split_keys, split_range
+from nsa_port.kernels.triton.splitting import Merge, Splits, merge_splits, split_keys, split_range
 from nsa_port.kernels.triton.tiles import (
     LOG_2,
     dot,
@@ -83,6 +83,7 @@ def interval_attention(
         from nsa_port.kernels.triton.interval_hopper import attend
 
         attend(q, k, v, bounds, layout, scale, out, lse, values)
+        merge(Splits(1, 1, False, out, lse), out, lse)
         return out, lse
     config = tuned(arch_of(q), "interval_forward", q.element_size(), Dk, Dv)
     # Few queries, as in decoding: fill the tile with the heads that share these keys instead.

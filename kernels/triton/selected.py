@@ -39,7 +39,7 @@ from nsa_port.kernels.triton.host import (
 from nsa_port.kernels.triton.interval import hopper_values
 from nsa_port.kernels.triton.lists import block_keys, block_lists, load_work
 from nsa_port.kernels.triton.sharing import COUNTS, FIELDS, most_queries, share_blocks
-from nsa_port.kernels.triton.splitting import Merge, merge_splits, split_keys, split_range
+from nsa_port.kernels.triton.splitting import Merge, Splits, merge_splits, split_keys, split_range
 from nsa_port.kernels.triton.tiles import LOG2_E as LOG2_E_DEVICE
 from nsa_port.kernels.triton.tiles import LOG_2, dot, dot_split, load_rows, store_rows
 
@@ -92,15 +92,19 @@ def attend_selected(
     hopper = _by_block_values(q, k, v, config, scale)
     if hopper is not None and (H // HK <= _SMALL_GROUP or hopper["fewest_of_large"] <= T):
         _by_block_hopper(q, k, v, indices, bounds, config, layout, scale, hopper, out, lse)
+        merge(Splits(1, 1, False, out, lse), out, lse)
         return out, lse
     if hopper is not None and not layout.packed:
         _compile_for_longer(q, k, v, indices, config, scale, hopper)
     values = tuned(arch_of(q), "selected_by_block", q.element_size(), Dk, Dv)
     by_block = values["largest_group"] >= H // HK and values["fewest_queries"] <= T
     least = values["least_sharing"] if by_block else 0
-    own = _by_tile(q, k, v, indices, bounds, config, layout, scale, out, lse, least, merge)
+    # What goes by block is merged with what went by tile, which has to be there by then.
+    first = merge_splits if by_block else merge
+    own = _by_tile(q, k, v, indices, bounds, config, layout, scale, out, lse, least, first)
     if by_block:
         _by_block(q, k, v, own, bounds, config, layout, scale, values, out, lse)
+        merge(Splits(1, 1, False, out, lse), out, lse)
     return out, lse
 
 
@@ -135,6 +139,7 @@ def _by_tile(
             tiles = cut_tiles(T, queries, layout.cu_seqlens)
             shares = share_blocks(indices, bounds, m, tiles, queries, hopper["least_sharing"], True)
             selected_hopper.attend(q, k, v, shares, tiles, bounds, scale, out, lse, hopper)
+            merge(Splits(1, 1, False, out, lse), out, lse)
             return shares.own
     values = tuned(arch_of(q), "selected_by_query", q.element_size(), Dk, Dv)
     heads = min(values["BLOCK_M"], max(4 if leaving else 16, next_power_of_2(G)))
