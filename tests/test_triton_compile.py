@@ -153,10 +153,11 @@ def test_packed_sequences_fit_hopper(kernel: str, dims: tuple[int, int]) -> None
 def test_the_gated_sum_fits_hopper(dims: tuple[int, int], group: int, needs_grad: bool) -> None:
     T, C = 320, CONFIG.num_compressed(320)
     q = torch.zeros(1, T, group, dims[0], dtype=torch.bfloat16)
-    keys = [q.new_zeros(1, rows, 1, dim) for rows in (C, T, T) for dim in dims]
+    k_cmp, v_cmp, k, v = (q.new_zeros(1, rows, 1, dim) for rows in (C, T) for dim in dims)
     gates = q.new_zeros(1, T, group, 3)
+    tail = (CONFIG, Layout(T), 0.1, needs_grad)
     with compiling_for("sm_90", only="_hopper_forward_kernel") as builds:
-        kernels.nsa_attention(q, *keys, gates, CONFIG, Layout(T), 0.1, needs_grad)
+        kernels.nsa_attention(q, k_cmp, v_cmp, k, v, k, v, gates, *tail)
     for build in builds:
         assert build.shared <= SHARED_MEMORY["sm_90"]
         assert build.stack <= A_FEW_SCALARS and not reads_before_writes(build.binary)
