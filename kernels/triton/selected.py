@@ -203,7 +203,7 @@ def _by_block_values(
 ) -> Values | None:
     """The values of the kernels written for Hopper that attend by block, None if they cannot."""
     heads = next_power_of_2(q.shape[2] // v.shape[2])
-    if scale <= 0 or not 4 <= heads <= 16 or config.select_block_size != 64:
+    if scale <= 0 or heads > 16 or config.select_block_size != 64:
         return None
     return hopper_values("hopper_by_block", q, k, v)
 
