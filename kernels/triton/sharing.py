@@ -281,9 +281,7 @@ def _list_last(
 
 
 @triton.jit
-def _who_chose(
-    b_block, b_start, tile, N: tl.constexpr, QUERIES: tl.constexpr, SLOTS: tl.constexpr
-):
+def _who_chose(b_block, b_start, tile, N: tl.constexpr, QUERIES: tl.constexpr, SLOTS: tl.constexpr):
     """Which queries of a tile chose each block, as bits, and the least and the most they see.
 
     One sequence's queries count blocks from the same row, so a block is one that they see if its
