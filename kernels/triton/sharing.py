@@ -122,6 +122,7 @@ def share_blocks(
         FIELDS=fields,
         LEAST=least,
         EVEN=even,
+        CLOSE=bool(sampled) and indices.is_contiguous(),
         num_warps=max(1, min(8, (sampled or queries) * slots**2 // (512 if sampled else 2048))),
     )
     return shares
@@ -153,10 +154,12 @@ def _share_blocks_kernel(
     FIELDS: tl.constexpr,
     LEAST: tl.constexpr,
     EVEN: tl.constexpr,
+    CLOSE: tl.constexpr,
 ):
     """One program: one tile of one batch and KV head.
 
-    `SAMPLED` queries stand for all; 0 if all are compared.
+    `SAMPLED` queries stand for all; 0 if all are compared. `CLOSE` says that indices lie side by
+    side: several are then read at once.
     """
     i_tile = tl.program_id(0) % tiles
     i_kv = (tl.program_id(0) // tiles % HK).to(tl.int64)
@@ -165,6 +168,19 @@ def _share_blocks_kernel(
     p_lower = lower + i_batch * stride_bounds
     p_upper = upper + i_batch * stride_bounds
     p_index = indices + i_batch * stride_b + i_kv * stride_h
+    p_shared = shared + tl.program_id(0).to(tl.int64) * kept * FIELDS
+    tile = (p_index, p_lower, p_upper, first, stop, T, stride_t, select_block_size)
+    if SAMPLED:
+        if CLOSE:
+            p_close = indices + (i_batch * T * HK + i_kv) * N
+            tile = (p_close, p_lower, p_upper, first, stop, T, HK * N, select_block_size)
+        front, count = _list_sampled(
+            p_shared, tile, N, QUERIES, SLOTS, SAMPLED, FIELDS, LEAST, EVEN
+        )
+        count += _list_last(p_shared + count * FIELDS, tile, N, QUERIES, SLOTS, SAMPLED, FIELDS)
+        # What is listed is read again, by all.
+        tl.debug_barrier()
+
     o_member = tl.arange(0, QUERIES)
     o_slot = tl.arange(0, SLOTS)
     o_query = first + o_member
@@ -183,15 +199,7 @@ def _share_blocks_kernel(
     b_readable = tl.max(tl.where(m_readable, b_row, -1), 1)
     b_none = tl.where(b_readable < 0, -1, -2 - b_readable)
 
-    p_shared = shared + tl.program_id(0).to(tl.int64) * kept * FIELDS
-    tile = (p_index, p_lower, p_upper, first, stop, T, stride_t, select_block_size)
     if SAMPLED:
-        front, count = _list_sampled(
-            p_shared, tile, N, QUERIES, SLOTS, SAMPLED, FIELDS, LEAST, EVEN
-        )
-        count += _list_last(p_shared + count * FIELDS, tile, N, QUERIES, SLOTS, SAMPLED, FIELDS)
-        # What was listed is read again, by all.
-        tl.debug_barrier()
         m_own = m_block
         for i_listed in range(count):
             m_own &= b_row != tl.load(p_shared + i_listed * FIELDS)
@@ -237,10 +245,19 @@ def _list_sampled(
     b_seen = tl.load(p_upper + o_query, mask=m_place, other=0)
     m_block = (b_block >= 0) & (b_block < tl.cdiv(b_seen - b_first, select_block_size))
     b_row = tl.where(m_block, b_first + b_block * select_block_size, LARGEST)
-    m_block &= _sampled_before(b_block, b_row, o_place, tile, N, QUERIES, SLOTS, SAMPLED) == 0
     b_queries, b_least, b_end = _who_chose(b_block, b_row, tile, N, QUERIES, SLOTS)
     m_whole = b_row <= b_least - select_block_size
     m_listed = m_block & ((_count_bits(b_queries) >= LEAST) | (m_whole == 0))
+    # Of the queries that share a block, the first one lists it, and where it names it first.
+    o_before = tl.arange(0, SLOTS)[:, None, None]
+    p_before = (p_index + o_query.to(tl.int64) * stride_t)[None, :, :] + o_before
+    b_before = tl.load(p_before, mask=m_place[None, :, :] & (o_before < N), other=-1)
+    m_listed &= any_of((b_before == b_block[None, :, :]) & (o_before < o_slot[None, :, :])) == 0
+    b_earlier = tl.zeros_like(b_queries)
+    for i_sample in tl.static_range(SAMPLED):
+        bit = tl.full([], 1 << i_sample * (QUERIES // SAMPLED), b_queries.dtype)
+        b_earlier |= tl.where(o_place // SLOTS > i_sample, bit, 0)
+    m_listed &= (b_queries & b_earlier) == 0
     return _list(
         p_shared, b_row, b_queries, b_end, m_listed, m_whole & EVEN, select_block_size, FIELDS
     )
@@ -262,9 +279,8 @@ def _list_last(
     b_seen = tl.load(p_upper + first + o_member, mask=m_query, other=0) - b_first
     b_block = tl.where(b_seen % select_block_size > 0, b_seen // select_block_size, -1)
     b_row = tl.where(b_block >= 0, b_first + b_block * select_block_size, LARGEST)
-    o_place = SAMPLED * SLOTS + o_member
     m_block = b_row < LARGEST
-    m_block &= _sampled_before(b_block, b_row, o_place, tile, N, QUERIES, SLOTS, SAMPLED) == 0
+    m_block &= _sampled_chose(b_block, b_row, tile, N, QUERIES, SLOTS, SAMPLED) == 0
     count = 0
     # Hardly ever: they are what everybody chooses.
     if tl.max(tl.max(m_block.to(tl.int32), 1), 0) > 0:
@@ -308,23 +324,21 @@ def _who_chose(b_block, b_start, tile, N: tl.constexpr, QUERIES: tl.constexpr, S
 
 
 @triton.jit
-def _sampled_before(
-    b_block, b_start, o_place, tile, N: tl.constexpr, QUERIES: tl.constexpr, SLOTS: tl.constexpr,
+def _sampled_chose(
+    b_block, b_row, tile, N: tl.constexpr, QUERIES: tl.constexpr, SLOTS: tl.constexpr,
     SAMPLED: tl.constexpr,
 ):  # fmt: skip
-    """Which blocks one of a tile's `SAMPLED` queries chose, at an earlier place than theirs."""
+    """Which blocks one of a tile's `SAMPLED` queries chose."""
     p_index, _, p_upper, first, stop, _, stride_t, _ = tile
     o_slot = tl.arange(0, SLOTS)
-    m_before = b_start < 0
+    m_chose = b_row < 0
     for i_sample in range(SAMPLED):
         i_query = first + i_sample * (QUERIES // SAMPLED)
         seen = tl.load(p_upper + i_query, mask=i_query < stop, other=0)
         p_theirs = p_index + i_query.to(tl.int64) * stride_t + o_slot
         b_theirs = tl.load(p_theirs, mask=(o_slot < N) & (i_query < stop), other=-1)
-        m_same = b_theirs[:, None, None] == b_block[None, :, :]
-        m_same &= (i_sample * SLOTS + o_slot)[:, None, None] < o_place[None, :, :]
-        m_before |= any_of(m_same) & (b_start < seen)
-    return m_before
+        m_chose |= any_of(b_theirs[:, None, None] == b_block[None, :, :]) & (b_row < seen)
+    return m_chose
 
 
 @triton.jit
