@@ -59,7 +59,13 @@ def _largest_dims(head_dim: int) -> tuple[int, int]:
 
 
 def launch(
-    kernel: str, key_dim: int, value_dim: int, dtype: torch.dtype, T: int = 320, G: int = 16
+    kernel: str,
+    key_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    T: int = 320,
+    G: int = 16,
+    packed: bool = False,
 ) -> None:
     """A call that launches a tuned kernel; the contents of the tensors do not matter."""
     G = 4 if kernel == "selected_by_block" else G
@@ -73,7 +79,8 @@ def launch(
     k_cmp, v_cmp = tensor(C, 1, key_dim), tensor(C, 1, value_dim)
     out, lse = tensor(T, G, value_dim), torch.zeros(1, T, G)
     indices = torch.zeros(1, T, 1, CONFIG.num_selected, dtype=torch.int32)
-    tail = (CONFIG, Layout(T), 0.1)
+    ends = torch.tensor([0, T], dtype=torch.int32) if packed else None
+    tail = (CONFIG, Layout(T, cu_seqlens=ends, cu_seqlens_k=ends), 0.1)
     if kernel in ("interval_forward", "hopper_forward"):
         kernels.compressed_attention(q, k_cmp, v_cmp, *tail)
     elif kernel in ("interval_dq", "interval_dkdv", "hopper_dq", "hopper_dkdv"):
@@ -127,6 +134,17 @@ def test_gradients_of_other_groups_fit_hopper(group: int, dims: tuple[int, int])
         launch("selected_backward", *dims, torch.bfloat16, G=group)
     (build,) = builds
     assert build.stack <= A_FEW_SCALARS and not reads_before_writes(build.binary)
+
+
+@pytest.mark.parametrize("kernel", ["hopper_forward", "hopper_dq", "hopper_dkdv"])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128)], ids=str)
+def test_packed_sequences_fit_hopper(kernel: str, dims: tuple[int, int]) -> None:
+    with compiling_for("sm_90", only=FUNCTIONS[kernel]) as builds:
+        launch(kernel, *dims, torch.bfloat16, packed=True)
+    (build,) = builds
+    assert build.shared <= SHARED_MEMORY["sm_90"]
+    # To clear rows, which few tiles need, the fetching warp has 24 registers.
+    assert build.stack <= A_FEW_SCALARS + 8 and not reads_before_writes(build.binary)
 
 
 ODD_DIMENSIONS = [(35, 35), (40, 24), (80, 96)]

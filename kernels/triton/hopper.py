@@ -6,7 +6,8 @@ takes exponentials while the other multiplies.
 
 A tile that would reach past the last row that counts is moved to end there, because what lies
 behind may belong to another sequence and be anything, NaN too. Only where fewer rows than a tile
-count does that reach before the first; `clean_rows` then clears those.
+count does that reach before the first; the fetching warp then clears those before it hands the
+tile over, see `clean_rows`.
 """
 
 from __future__ import annotations
@@ -106,17 +107,21 @@ def next_stage(i_stage, parity, STAGES: gl.constexpr):
 
 @gluon.jit
 def clean_rows(tile, count):
-    """Clear the first `count` rows of a tile in shared memory.
+    """Clear the first `count` rows of a tile in shared memory, before others are told of it.
 
-    Both warpgroups do so, each for itself: they write the same.
+    For the fetching warp, once the tile is there.
     """
-    rows: gl.constexpr = tile.shape[0]
-    width: gl.constexpr = tile.shape[1]
-    lanes: gl.constexpr = gl.BlockedLayout([1, 8], [256 // width, width // 8], [4, 1], [1, 0])
-    for i_row in gl.static_range(0, rows, 32):
-        part = tile.slice(i_row, 32)
-        o_row = i_row + gl.arange(0, 32, gl.SliceLayout(1, lanes))
-        b_part = gl.where((o_row >= count)[:, None], part.load(lanes), 0.0)
-        part.store(b_part.to(tile.dtype))
+    rows: gl.constexpr = tile.shape[1]
+    width: gl.constexpr = tile.shape[3]
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    lanes: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
+    flat = tile._reinterpret(tile.dtype, [rows, width], layout)
+    for i_row in gl.static_range(0, rows, 8):
+        if i_row < count:
+            o_row = i_row + gl.arange(0, 8, gl.SliceLayout(1, lanes))
+            for i_column in gl.static_range(0, width, 64):
+                part = flat.slice(i_row, 8).slice(i_column, 64, 1)
+                b_part = gl.where((o_row >= count)[:, None], part.load(lanes), 0.0)
+                part.store(b_part.to(tile.dtype))
     fence_async_shared()
     gl.thread_barrier()

@@ -216,8 +216,10 @@ def _hopper_dkdv_kernel(
     lower_buffer = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_M], flat)
     upper_buffer = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_M], flat)
     counter: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], counter)
+    # The last one is for tiles that are to be cleaned first, see `clean_rows`.
+    full = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], counter)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], counter)
+    mbarrier.init(full.index(STAGES), count=1)
     for i_stage in gl.static_range(STAGES):
         mbarrier.init(full.index(i_stage), count=1)
         mbarrier.init(empty.index(i_stage), count=2)
@@ -251,17 +253,17 @@ def _hopper_dkdv_kernel(
             (
                 _consume_rows,
                 (keys, buffers, full, empty, span, heads, first, last, outputs, scale_log2,
-                 0, GATED, PACKED, K_MAIN, K_REST, V_MAIN, BLOCK_M, STAGES),
+                 0, GATED, K_MAIN, K_REST, V_MAIN, BLOCK_M, STAGES),
             ),
             (
                 _consume_rows,
                 (keys, buffers, full, empty, span, heads, first, last, outputs, scale_log2,
-                 1, GATED, PACKED, K_MAIN, K_REST, V_MAIN, BLOCK_M, STAGES),
+                 1, GATED, K_MAIN, K_REST, V_MAIN, BLOCK_M, STAGES),
             ),
             (
                 _fetch_rows,
                 (inputs, p_bounds, buffers, full, empty, span, heads, where,
-                 GATED, K_MAIN, K_REST, V_MAIN, BLOCK_M, STAGES),
+                 GATED, PACKED, K_MAIN, K_REST, V_MAIN, BLOCK_M, STAGES),
             ),
         ],
         [4, 1],
@@ -287,8 +289,8 @@ def _load_keys(p_base, stride, first, last, START: gl.constexpr, WIDTH: gl.const
 @gluon.jit
 def _fetch_rows(
     inputs, p_bounds, buffers, full, empty, span, heads, where,
-    GATED: gl.constexpr, K_MAIN: gl.constexpr, K_REST: gl.constexpr, V_MAIN: gl.constexpr,
-    BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    GATED: gl.constexpr, PACKED: gl.constexpr, K_MAIN: gl.constexpr, K_REST: gl.constexpr,
+    V_MAIN: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The fetching warp of `dk, dv`: fill the buffers of step after step as they become free."""
     q_tiles, grad_main, p_lse, p_delta, p_gate = inputs
@@ -297,7 +299,8 @@ def _fetch_rows(
     lower_buffer, upper_buffer = buffers[6:]
     i_batch, i_head, T = where
     lanes: gl.constexpr = gl.BlockedLayout([BLOCK_M // 32], [32], [1], [0])
-    i_stage, parity = 0, 1
+    i_stage, parity, copied = 0, 1, 0
+    surplus = span[0] - (span[3] - BLOCK_M)
     masked, steps = count_steps(span, BLOCK_M)
     for phase in gl.static_range(2):
         for i_member in range(heads):
@@ -324,7 +327,10 @@ def _fetch_rows(
                     lower_buffer.index(i_stage).store(b_lower)
                     upper_buffer.index(i_stage).store(b_upper)
                 gl.thread_barrier()
-                filled = full.index(i_stage)
+                i_barrier = i_stage
+                if PACKED and phase == 0:
+                    i_barrier = gl.where(surplus > 0, STAGES, i_stage)
+                filled = full.index(i_barrier)
                 mbarrier.expect(filled, 2 * BLOCK_M * (K_MAIN + K_REST + V_MAIN))
                 o_tile = [i_batch, i_query, i_head + i_member, 0]
                 tma.async_copy_global_to_shared(q_tiles[0], o_tile, filled, q_buffer.index(i_stage))
@@ -336,15 +342,23 @@ def _fetch_rows(
                     tma.async_copy_global_to_shared(
                         q_tiles[1], o_tile, filled, q_rest_buffer.index(i_stage)
                     )
+                if PACKED and phase == 0:  # noqa: SIM102 (one is known when the kernel is compiled)
+                    if surplus > 0:
+                        mbarrier.wait(filled, copied)
+                        copied ^= 1
+                        clean_rows(q_buffer.index(i_stage), surplus)
+                        clean_rows(grad_buffer.index(i_stage), surplus)
+                        if K_REST:
+                            clean_rows(q_rest_buffer.index(i_stage), surplus)
+                        mbarrier.arrive(full.index(i_stage), count=1)
                 i_stage, parity = next_stage(i_stage, parity, STAGES)
 
 
 @gluon.jit
 def _consume_rows(
     keys, buffers, full, empty, span, heads, first, last, outputs, scale_log2,
-    HALF: gl.constexpr, GATED: gl.constexpr, PACKED: gl.constexpr,
-    K_MAIN: gl.constexpr, K_REST: gl.constexpr, V_MAIN: gl.constexpr,
-    BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    HALF: gl.constexpr, GATED: gl.constexpr, K_MAIN: gl.constexpr, K_REST: gl.constexpr,
+    V_MAIN: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A multiplying warpgroup of `dk, dv`: its 64 key rows, in every step that is fetched."""
     k_main, k_rest, v_main = keys
@@ -373,12 +387,6 @@ def _consume_rows(
             b_q = q_buffer.index(i_stage)._reinterpret(dtype, [BLOCK_M, K_MAIN], tile)
             b_q_rest = q_rest_buffer.index(i_stage)._reinterpret(dtype, [BLOCK_M, rest], tile)
             b_grad = grad_buffer.index(i_stage)._reinterpret(dtype, [BLOCK_M, V_MAIN], tile)
-            if PACKED and phase == 0:  # noqa: SIM102 (one is known when the kernel is compiled)
-                if span[3] - span[0] < BLOCK_M:
-                    clean_rows(b_q, span[0] - (span[3] - BLOCK_M))
-                    clean_rows(b_grad, span[0] - (span[3] - BLOCK_M))
-                    if K_REST:
-                        clean_rows(b_q_rest, span[0] - (span[3] - BLOCK_M))
             # [64, BLOCK_M]
             b_s = warpgroup_mma(b_k, b_q.permute((1, 0)), zeros, use_acc=False, is_async=True)
             if K_REST:
@@ -486,7 +494,9 @@ def _hopper_dq_kernel(
         q_tiles, k_tiles = (q_main, q_rest), (k_main, k_rest)
     counter: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     row_ready = gl.allocate_shared_memory(gl.int64, [2 * ROW_STAGES, 1], counter)
-    key_ready = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], counter)
+    # The last one is for tiles that are to be cleaned first, see `clean_rows`.
+    key_ready = gl.allocate_shared_memory(gl.int64, [2 * STAGES + 1, 1], counter)
+    mbarrier.init(key_ready.index(2 * STAGES), count=1)
     for i_stage in gl.static_range(ROW_STAGES):
         mbarrier.init(row_ready.index(i_stage), count=1)
         mbarrier.init(row_ready.index(ROW_STAGES + i_stage), count=2)
@@ -534,10 +544,11 @@ def _fetch_keys(
     q_buffer, q_rest_buffer, grad_buffer, k_buffer, k_rest_buffer, v_buffer = buffers
     row_ready, key_ready = ready
     total = where[7]
-    i_stage, parity, i_rows, row_parity = 0, 1, 0, 1
+    i_stage, parity, i_rows, row_parity, copied = 0, 1, 0, 1, 0
     for i_work in range(gl.program_id(0), total, gl.num_programs(0)):
         _i_tile, i_batch, i_head, i_kv, first, span = locate(i_work, where, HEADS)
         _masked, steps = count_steps(span, BLOCK_N)
+        surplus = span[0] - (span[3] - BLOCK_N)
         mbarrier.wait(row_ready.index(ROW_STAGES + i_rows), row_parity)
         filled = row_ready.index(i_rows)
         mbarrier.expect(filled, 2 * 128 * (K_MAIN + K_REST + V_MAIN))
@@ -555,7 +566,10 @@ def _fetch_keys(
         i_rows, row_parity = next_stage(i_rows, row_parity, ROW_STAGES)
         for i_step in range(steps):
             i_key, _nominal, _end = tile_of_step(i_step, span, BLOCK_N)
-            filled = key_ready.index(i_stage)
+            i_barrier = i_stage
+            if where[0] is not None:
+                i_barrier = gl.where(surplus > 0, 2 * STAGES, i_stage)
+            filled = key_ready.index(i_barrier)
             mbarrier.wait(key_ready.index(STAGES + i_stage), parity)
             mbarrier.expect(filled, 2 * BLOCK_N * (K_MAIN + K_REST + V_MAIN))
             o_tile = [i_batch, i_key, i_kv, 0]
@@ -566,6 +580,14 @@ def _fetch_keys(
                     k_tiles[1], [i_batch, i_key, i_kv, K_MAIN], filled,
                     k_rest_buffer.index(i_stage),
                 )  # fmt: skip
+            if where[0] is not None:  # noqa: SIM102 (one is known when the kernel is compiled)
+                if surplus > 0:
+                    mbarrier.wait(filled, copied)
+                    copied ^= 1
+                    clean_rows(k_buffer.index(i_stage), surplus)
+                    if K_REST:
+                        clean_rows(k_rest_buffer.index(i_stage), surplus)
+                    mbarrier.arrive(key_ready.index(i_stage), count=1)
             i_stage, parity = next_stage(i_stage, parity, STAGES)
 
 
@@ -624,11 +646,6 @@ def _consume_dq(
                 b_k = k_buffer.index(i_stage)._reinterpret(dtype, [BLOCK_N, K_MAIN], tile)
                 b_k_rest = k_rest_buffer.index(i_stage)._reinterpret(dtype, [BLOCK_N, rest], tile)
                 b_v = v_buffer.index(i_stage)._reinterpret(dtype, [BLOCK_N, V_MAIN], tile)
-                if phase == 0 and tile_stop is not None:  # noqa: SIM102 (one is known when the kernel is compiled)
-                    if span[3] - span[0] < BLOCK_N:
-                        clean_rows(b_k, span[0] - (span[3] - BLOCK_N))
-                        if K_REST:
-                            clean_rows(b_k_rest, span[0] - (span[3] - BLOCK_N))
                 b_s = warpgroup_mma(b_q, b_k.permute((1, 0)), zeros, use_acc=False, is_async=True)
                 if K_REST:
                     b_s = warpgroup_mma(b_q_rest, b_k_rest.permute((1, 0)), b_s, is_async=True)

@@ -170,7 +170,8 @@ def _hopper_forward_kernel(
     counter: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q_ready = gl.allocate_shared_memory(gl.int64, [2 * ROW_STAGES, 1], counter)
     k_ready = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], counter)
-    v_ready = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], counter)
+    # The last one is for tiles that are to be cleaned first, see `clean_rows`.
+    v_ready = gl.allocate_shared_memory(gl.int64, [2 * STAGES + 1, 1], counter)
     # The first barriers say that buffers are filled, those behind that both warpgroups are done.
     for i_stage in gl.static_range(ROW_STAGES):
         mbarrier.init(q_ready.index(i_stage), count=1)
@@ -180,6 +181,7 @@ def _hopper_forward_kernel(
         mbarrier.init(v_ready.index(i_stage), count=1)
         mbarrier.init(k_ready.index(STAGES + i_stage), count=2)
         mbarrier.init(v_ready.index(STAGES + i_stage), count=2)
+    mbarrier.init(v_ready.index(2 * STAGES), count=1)
     fence_async_shared()
 
     buffers = (q_buffer, q_rest_buffer, k_buffer, k_rest_buffer, v_buffer)
@@ -221,10 +223,11 @@ def _fetch(
     q_buffer, q_rest_buffer, k_buffer, k_rest_buffer, v_buffer = buffers
     q_ready, k_ready, v_ready = ready
     total = where[7]
-    i_stage, parity, i_rows, q_parity = 0, 1, 0, 1
+    i_stage, parity, i_rows, q_parity, copied = 0, 1, 0, 1, 0
     for i_work in range(gl.program_id(0), total, gl.num_programs(0)):
         _i_tile, i_batch, i_head, i_kv, first, span = locate(i_work, where, HEADS)
         _masked, steps = count_steps(span, BLOCK_N)
+        surplus = span[0] - (span[3] - BLOCK_N)
         mbarrier.wait(q_ready.index(ROW_STAGES + i_rows), q_parity)
         filled = q_ready.index(i_rows)
         mbarrier.expect(filled, 2 * 128 * (K_MAIN + K_REST))
@@ -252,12 +255,21 @@ def _fetch(
                     k_tiles[1], [i_batch, i_key, i_kv, K_MAIN], filled,
                     k_rest_buffer.index(i_stage),
                 )  # fmt: skip
-            filled = v_ready.index(i_stage)
+            i_barrier = i_stage
+            if where[0] is not None:
+                i_barrier = gl.where(surplus > 0, 2 * STAGES, i_stage)
+            filled = v_ready.index(i_barrier)
             mbarrier.wait(v_ready.index(STAGES + i_stage), parity)
             mbarrier.expect(filled, 2 * BLOCK_N * V_MAIN)
             tma.async_copy_global_to_shared(
                 v_main, [i_batch, i_key, i_kv, 0], filled, v_buffer.index(i_stage)
             )
+            if where[0] is not None:  # noqa: SIM102 (one is known when the kernel is compiled)
+                if surplus > 0:
+                    mbarrier.wait(filled, copied)
+                    copied ^= 1
+                    clean_rows(v_buffer.index(i_stage), surplus)
+                    mbarrier.arrive(v_ready.index(i_stage), count=1)
             i_stage, parity = next_stage(i_stage, parity, STAGES)
 
 
@@ -381,9 +393,6 @@ def _consume(
             mbarrier.arrive(q_ready.index(ROW_STAGES + i_rows), count=1)
             mbarrier.wait(v_ready.index(i_stage), parity)
             b_v = v_buffer.index(i_stage)._reinterpret(dtype, [BLOCK_N, V_MAIN], tile)
-            if tile_stop is not None:  # noqa: SIM102 (one is known when the kernel is compiled)
-                if span[3] - span[0] < BLOCK_N:
-                    clean_rows(b_v, span[0] - (span[3] - BLOCK_N))
             accumulator = warpgroup_mma(b_p, b_v, accumulator, is_async=True)
             accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
             mbarrier.arrive(v_ready.index(STAGES + i_stage), count=1)
