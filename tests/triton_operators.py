@@ -520,7 +520,8 @@ def test_in_place_of_no_block_stands_one_that_its_query_sees_to_the_end() -> Non
             assert -1 not in none or not whole
 
 
-@pytest.mark.parametrize("queries", [4, 32, 64])
+# The largest tiles are those of a kernel for Hopper.
+@pytest.mark.parametrize("queries", [4, 32] if EMULATED else [4, 32, 64])
 def test_a_chosen_block_is_its_querys_own_or_shared_but_never_both(queries: int) -> None:
     torch.manual_seed(0)
     T, m, n, least = 90, SMALL.select_block_size, SMALL.num_selected, queries // 2

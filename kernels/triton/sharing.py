@@ -290,9 +290,9 @@ def _list_last(
             m_block &= (m_same & (i_other < o_member)) == 0
         b_queries, b_least, b_end = _who_chose(b_block, b_row, tile, N, QUERIES, SLOTS)
         m_listed = m_block & (b_row > b_least - select_block_size)
-        _, count = _list(
+        count = _list(
             p_shared, b_row, b_queries, b_end, m_listed, b_row < 0, select_block_size, FIELDS
-        )
+        )[1]
     return count
 
 
