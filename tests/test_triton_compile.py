@@ -117,7 +117,7 @@ def test_every_tuned_entry_fits_its_architecture(
 
 @pytest.mark.parametrize("kernel", ["hopper_by_block", "hopper_merge"])
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128)], ids=str)
-@pytest.mark.parametrize("group", [4, 8])
+@pytest.mark.parametrize("group", [1, 2, 4, 8])
 def test_small_groups_fit_hopper_by_block(kernel: str, dims: tuple[int, int], group: int) -> None:
     with compiling_for("sm_90", only=FUNCTIONS[kernel]) as builds:
         launch(kernel, *dims, torch.bfloat16, G=group)

@@ -480,7 +480,7 @@ def test_indices_out_of_range_or_named_twice_are_ignored(
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="warps take turns on a GPU only")
-@pytest.mark.parametrize("kv_heads", [2, 8], ids=["group_of_16", "group_of_4"])
+@pytest.mark.parametrize("kv_heads", [2, 8, 16, 32], ids=lambda heads: f"group_of_{32 // heads}")
 def test_selected_attention_of_many_queries_is_the_same_every_time(kv_heads: int) -> None:
     torch.manual_seed(0)
     q, k, v, k_cmp = (
@@ -518,6 +518,45 @@ def test_in_place_of_no_block_stands_one_that_its_query_sees_to_the_end() -> Non
             assert {int(row) for row in own if row >= 0} <= rows
             assert all(-2 - row in whole for row in none if row < -1)
             assert -1 not in none or not whole
+
+
+# The largest tiles are those of a kernel for Hopper.
+@pytest.mark.parametrize("queries", [4, 32] if EMULATED else [4, 32, 64])
+def test_a_chosen_block_is_its_querys_own_or_shared_but_never_both(queries: int) -> None:
+    torch.manual_seed(0)
+    T, m, n, least = 90, SMALL.select_block_size, SMALL.num_selected, queries // 2
+    # Such positions leave one block that is not seen to the end to each of many queries.
+    layout = Layout(400, positions=torch.randperm(400, dtype=torch.int32)[:T].to(DEVICE))
+    bounds = query_bounds(Kind.CAUSAL, T, 400, SMALL, layout, torch.device(DEVICE))
+    indices = torch.randint(-2, 6, (1, T, 1, n), dtype=torch.int32)
+    last = (bounds.upper[0].cpu() - 1) // m
+    indices[0, :, 0, 0] = torch.where(torch.rand(T) < 0.5, last, indices[0, :, 0, 0])
+    tiles = cut_tiles(T, queries, None)
+    shares = share_blocks(indices.to(DEVICE), bounds, m, tiles, queries, least, True)
+    upper = [int(stop) for stop in bounds.upper[0]]
+    chosen = [
+        {int(block) * m for block in row if 0 <= block * m < stop}
+        for row, stop in zip(indices[0, :, 0], upper, strict=True)
+    ]
+    for i_tile in range(tiles.count):
+        members = range(i_tile * queries, min(T, (i_tile + 1) * queries))
+        whole, count, most = (int(number) for number in shares.counts[0, 0, i_tile])
+        shared = {}
+        for place, fields in enumerate(shares.shared[0, 0, i_tile, :count].tolist()):
+            row, low, end, *high = fields
+            bits = low % 2**32 + (high[0] << 32 if high else 0)
+            who = {t for t in members if bits >> (t - members[0]) & 1}
+            assert who and who == {t for t in members if row in chosen[t]}
+            assert (place < whole) == all(row + m <= upper[t] for t in who)
+            assert place >= whole or len(who) >= least
+            assert end == min(row + m, max(upper[t] for t in who))
+            shared[row] = who
+        assert len(shared) == count
+        own = [{int(row) for row in shares.own[0, t, 0] if row >= 0} for t in members]
+        assert max(map(len, own)) == most
+        for t, rows in zip(members, own, strict=True):
+            assert rows == {row for row in chosen[t] if t not in shared.get(row, ())}
+            assert all(row + m <= upper[t] for row in rows)
 
 
 @pytest.mark.writes_overlap

@@ -24,7 +24,6 @@ from nsa_port.kernels.geometry import Layout, NSAConfig
 from nsa_port.kernels.tables import Values
 from nsa_port.kernels.triton.bounds import Kind, QueryBounds, cut_tiles, query_bounds, tile_of
 from nsa_port.kernels.triton.host import (
-    HAS_HOPPER_GLUON,
     LOG2_E,
     arch_of,
     cdiv,
@@ -203,7 +202,7 @@ def _by_block_values(
 ) -> Values | None:
     """The values of the kernels written for Hopper that attend by block, None if they cannot."""
     heads = next_power_of_2(q.shape[2] // v.shape[2])
-    if scale <= 0 or not 4 <= heads <= 16 or config.select_block_size != 64:
+    if scale <= 0 or heads > 16 or config.select_block_size != 64:
         return None
     return hopper_values("hopper_by_block", q, k, v)
 
@@ -313,14 +312,13 @@ def _by_block(
     partial_lse = torch.empty(partial_shape, dtype=torch.float32, device=q.device)
     cu_keys = None if layout.cu_seqlens_k is None else layout.cu_seqlens_k.contiguous()
     sequences = 1 if cu_keys is None else cu_keys.shape[0] - 1
-    kernel, constants = _kernel_by_block(q, v, config, tuned_block, block_n)
     for first in range(0, T, chunk):
         count = min(chunk, T - first)
         lists = block_lists(
             rows, bounds, S, sequences, config.select_block_size, first, count,
             tuned_block["segment"],
         )  # fmt: skip
-        kernel[(lists.work * parts,)](
+        _by_block_kernel[(lists.work * parts,)](
             q,
             k,
             v,
@@ -353,8 +351,10 @@ def _by_block(
             PARTS=parts,
             SEGMENT=tuned_block["segment"],
             NEGATIVE_SCALE=scale < 0,
+            **split_arguments(split_head(q.shape[-1]), split_head(Dv)),
+            BLOCK_M=tuned_block["BLOCK_M"],
             BLOCK_N=block_n,
-            **constants,
+            **launch_options(tuned_block),
         )
         _merge_kernel[(count * B * HK,)](
             partial_out,
@@ -375,20 +375,6 @@ def _by_block(
             WIDTH=next_power_of_2(Dv),
             num_warps=4,
         )
-
-
-def _kernel_by_block(
-    q: Tensor, v: Tensor, config: NSAConfig, values: dict[str, int], block_n: int
-) -> tuple[Any, dict[str, int]]:
-    """The kernel to run, and the constants that are its own."""
-    if values.get("gluon") and HAS_HOPPER_GLUON:
-        # Not at the top: Gluon is there for Hopper alone.
-        from nsa_port.kernels.triton import selected_by_block_hopper as hopper
-
-        if block_n == config.select_block_size == hopper.BLOCK_N and hopper.takes(q, v, values):
-            return hopper._by_block_kernel, hopper.constants(q, v, values)
-    dims = split_arguments(split_head(q.shape[-1]), split_head(v.shape[-1]))
-    return _by_block_kernel, {**dims, "BLOCK_M": values["BLOCK_M"], **launch_options(values)}
 
 
 def query_chunk(num_queries: int, bytes_per_query: int, room: int = PARTIAL_BYTES) -> int:

@@ -23,7 +23,7 @@ from nsa_port.kernels.tables import Values
 from nsa_port.kernels.triton.bounds import QueryBounds, Tiles
 from nsa_port.kernels.triton.hopper import copy_tile, describe, next_stage
 from nsa_port.kernels.triton.host import LOG2_E, multiprocessors, split_head
-from nsa_port.kernels.triton.sharing import SharedBlocks
+from nsa_port.kernels.triton.sharing import WIDE_FIELDS, SharedBlocks
 
 QUERIES = 4
 SELECT = 64
@@ -311,10 +311,13 @@ def _clean_behind(tile, count):
 
 
 @gluon.jit
-def load_block(p_shared, i_block, count):
+def load_block(p_shared, i_block, count, FIELDS: gl.constexpr = 3):
     """A shared block's three numbers, the last block's for those behind it."""
-    p_block = p_shared + gl.minimum(i_block, gl.maximum(count - 1, 0)) * 3
-    return gl.load(p_block), gl.load(p_block + 1), gl.load(p_block + 2)
+    p_block = p_shared + gl.minimum(i_block, gl.maximum(count - 1, 0)) * FIELDS
+    queries = gl.load(p_block + 1)
+    if FIELDS == WIDE_FIELDS:
+        queries = (queries.to(gl.int64) & 0xFFFFFFFF) | (gl.load(p_block + 3).to(gl.int64) << 32)
+    return gl.load(p_block), queries, gl.load(p_block + 2)
 
 
 @gluon.jit

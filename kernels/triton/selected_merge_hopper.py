@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton.experimental.gluon as gluon
 import triton.experimental.gluon.language as gl
 from torch import Tensor
+from triton import constexpr_function
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -25,7 +26,7 @@ from nsa_port.kernels.triton.selected_hopper import (
     load_block,
     tile_at,
 )
-from nsa_port.kernels.triton.sharing import SharedBlocks
+from nsa_port.kernels.triton.sharing import FIELDS, WIDE_FIELDS, SharedBlocks
 
 
 def attend(
@@ -61,11 +62,11 @@ def attend(
     some_tiles = min(tiles.count, last_query // size + sequences) - first_tile
     total = some_tiles * B * HK
     chunk = partial_out.shape[2]
-    rows = heads * Dv // 256
-    shape = [B * HK * chunk, n, rows, 256]
+    rows, columns = partial_shape(heads, Dv)
+    shape, box = [B * HK * chunk, n, rows, columns], [size, 1, rows, columns]
     layout = gl.NVMMASharedLayout(0, 16, rank=4)
     partials = TensorDescriptor(
-        partial_out, shape, [n * rows * 256, rows * 256, 256, 1], [size, 1, rows, 256], layout
+        partial_out, shape, [n * heads * Dv, heads * Dv, columns, 1], box, layout
     )
     programs = multiprocessors(q.device) * values["programs"]
     _hopper_merge_kernel[(min(total, programs),)](
@@ -107,6 +108,13 @@ def attend(
         num_warps=values["num_warps"],
         maxnreg=65536 // (256 * values["programs"]),
     )
+
+
+@constexpr_function
+def partial_shape(heads, width):
+    """A query's partial results of one slot, cut as the copy engine takes them."""
+    columns = min(heads * width, 256)
+    return heads * width // columns, columns
 
 
 @gluon.jit(
@@ -207,7 +215,7 @@ def _fetch_partials(
     _, _, k_buffer, _, v_buffer = buffers
     _, k_ready, v_ready = ready
     QUERIES: gl.constexpr = 64 // HEADS
-    ROWS: gl.constexpr = HEADS * V_MAIN // 256
+    SHAPE: gl.constexpr = partial_shape(HEADS, V_MAIN)
     flat: gl.constexpr = gl.NVMMASharedLayout(0, 16, rank=4)
     dtype: gl.constexpr = k_buffer.dtype
     for i_pair in range(start, stop):
@@ -215,13 +223,13 @@ def _fetch_partials(
         filled = k_ready.index(i_stage)
         mbarrier.wait(k_ready.index(STAGES + i_stage), parity)
         mbarrier.expect(filled, 2 * 64 * V_MAIN)
-        rows = k_buffer.index(i_stage)._reinterpret(dtype, [QUERIES, 1, ROWS, 256], flat)
+        rows = k_buffer.index(i_stage)._reinterpret(dtype, [QUERIES, 1, SHAPE[0], SHAPE[1]], flat)
         tma.async_copy_global_to_shared(partials, [i_partial, i_slot, 0, 0], filled, rows)
         filled = v_ready.index(i_stage)
         mbarrier.wait(v_ready.index(STAGES + i_stage), parity)
         m_more = i_slot + 1 < own_count
         mbarrier.expect(filled, 2 * 64 * V_MAIN, pred=m_more)
-        rows = v_buffer.index(i_stage)._reinterpret(dtype, [QUERIES, 1, ROWS, 256], flat)
+        rows = v_buffer.index(i_stage)._reinterpret(dtype, [QUERIES, 1, SHAPE[0], SHAPE[1]], flat)
         tma.async_copy_global_to_shared(
             partials, [i_partial, i_slot + 1, 0, 0], filled, rows, pred=m_more
         )
@@ -242,18 +250,19 @@ def _fetch(
     shared, counts, kept = lists
     HK, first_query = where[3], where[7]
     QUERIES: gl.constexpr = 64 // HEADS
+    NUMBERS: gl.constexpr = WIDE_FIELDS if QUERIES > 32 else FIELDS
     i_stage, parity, q_parity = 0, 1, 1
     i_shares, i_batch, i_kv, first, stop = _locate(gl.program_id(0), where, QUERIES)
     _, shared_count, own_count = _load_counts(counts, i_shares)
-    i_row = gl.load(shared + i_shares * kept * 3)
+    i_row = gl.load(shared + i_shares * kept * NUMBERS)
     for i_work in range(gl.program_id(0), total, gl.num_programs(0)):
         # The next tile's, so that nobody waits for them.
         i_next = gl.minimum(i_work + gl.num_programs(0), total - 1)
         next_shares, next_batch, next_kv, next_first, next_stop = _locate(i_next, where, QUERIES)
         _, next_shared, next_own = _load_counts(counts, next_shares)
-        next_row = gl.load(shared + next_shares * kept * 3)
+        next_row = gl.load(shared + next_shares * kept * NUMBERS)
         if first < stop:
-            p_shared = shared + i_shares * kept * 3
+            p_shared = shared + i_shares * kept * NUMBERS
             mbarrier.wait(q_ready.index(1), q_parity)
             q_parity ^= 1
             filled = q_ready.index(0)
@@ -266,7 +275,9 @@ def _fetch(
             i_partial = (i_batch * HK + i_kv) * chunk + first - first_query
             pairs, each = _share_out(shared_count, own_count)
             for i_block in range(shared_count):
-                following_row = gl.load(p_shared + 3 * gl.minimum(i_block + 1, shared_count - 1))
+                following_row = gl.load(
+                    p_shared + NUMBERS * gl.minimum(i_block + 1, shared_count - 1)
+                )
                 i_stage, parity = fetch_block(
                     k_main, k_rest, v_main, buffers, ready, i_row, i_batch, i_kv, i_stage, parity,
                     K_MAIN, K_REST, V_MAIN, STAGES,
@@ -342,6 +353,7 @@ def _consume(
     T, HK, first_query, end_query = where[2], where[3], where[7], where[8]
     dtype: gl.constexpr = out.dtype.element_ty
     QUERIES: gl.constexpr = 64 // HEADS
+    NUMBERS: gl.constexpr = WIDE_FIELDS if QUERIES > 32 else FIELDS
     by_value: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V_MAIN, 16])
     row: gl.constexpr = gl.SliceLayout(1, by_value)
     score_row: gl.constexpr = gl.SliceLayout(
@@ -360,7 +372,7 @@ def _consume(
         next_shares, next_batch, next_kv, next_first, next_stop = _locate(i_next, where, QUERIES)
         next_whole, next_shared, next_own = _load_counts(counts, next_shares)
         if first < stop:
-            p_shared = shared + i_shares * kept * 3
+            p_shared = shared + i_shares * kept * NUMBERS
             p_upper = upper + i_batch.to(gl.int64) * stride_bounds
             o_query = first + o_row // HEADS
             m_query = (o_query < stop) & (o_query >= first_query) & (o_query < end_query)
@@ -381,12 +393,12 @@ def _consume(
             largest = gl.convert_layout(gl.max(b_lse, 1) / scale_log2, score_row)
             accumulator = gl.zeros([64, V_MAIN], gl.float32, by_value)
             state = (largest, gl.zeros([64], gl.float32, score_row), accumulator)
-            block = load_block(p_shared, 0, shared_count)
+            block = load_block(p_shared, 0, shared_count, NUMBERS)
             pairs, each = _share_out(shared_count, own_count)
             for MASKED in gl.static_range(2):
                 start = 0 if MASKED == 0 else whole_count
                 for i_block in range(start, whole_count if MASKED == 0 else shared_count):
-                    following = load_block(p_shared, i_block + 1, shared_count)
+                    following = load_block(p_shared, i_block + 1, shared_count, NUMBERS)
                     state, i_stage, parity = attend_block(
                         buffers, ready, block, state, b_upper, scale_log2, i_stage, parity,
                         MASKED, HEADS, K_REST, V_MAIN, STAGES,
