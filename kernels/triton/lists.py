@@ -8,6 +8,7 @@ list in the order of its queries. The same input always gives the same lists.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,8 +20,13 @@ from nsa_port.kernels.triton.bounds import QueryBounds
 from nsa_port.kernels.triton.host import cdiv, next_power_of_2
 from nsa_port.kernels.triton.tiles import named_before, split_row
 
+_CHUNKS = 32
+"""So many chunks of queries are listed with the same launches: there is more to do at once."""
+
 _PARTS = 512
-"""At most so many parts: with them the counts take memory linear in the length."""
+_MOST_PARTS = 2048
+"""At most so many parts of one chunk, and of all that are listed together: with them the counts
+take memory linear in the length."""
 
 _PART_QUERIES = 16
 """A part is no smaller, so that short inputs are not all overhead."""
@@ -138,52 +144,94 @@ def block_lists(
     num_keys: int,
     num_sequences: int,
     select_block_size: int,
+    chunk: int,
+    segment: int,
+) -> Iterator[BlockLists]:
+    """The lists of `block_rows`, over every `chunk` queries in turn."""
+    T = rows.shape[1]
+    for first in range(0, T, chunk * _CHUNKS):
+        count = min(chunk * _CHUNKS, T - first)
+        yield from _list_chunks(
+            rows, bounds, num_keys, num_sequences, select_block_size, first, count, chunk, segment
+        )
+
+
+def _list_chunks(
+    rows: Tensor,
+    bounds: QueryBounds,
+    num_keys: int,
+    num_sequences: int,
+    select_block_size: int,
     first_query: int,
     num_queries: int,
+    chunk: int,
     segment: int,
-) -> BlockLists:
-    """The lists over queries `first_query .. first_query + num_queries - 1` of `block_rows`."""
+) -> list[BlockLists]:
+    """The lists over every `chunk` of the `num_queries` queries from `first_query` on."""
     B, T, HK, n = rows.shape
     device = rows.device
     blocks = num_keys // select_block_size + num_sequences
     bins = B * HK * blocks
-    part = max(_PART_QUERIES, cdiv(num_queries, _PARTS))
-    parts = cdiv(num_queries, part)
-    offsets = torch.zeros((parts, bins), dtype=torch.int32, device=device)
+    chunks = cdiv(num_queries, chunk)
+    part = max(_PART_QUERIES, cdiv(num_queries, min(_PARTS * chunks, _MOST_PARTS)))
+    parts = cdiv(chunk, part)
+    offsets = torch.zeros((chunks, parts, bins), dtype=torch.int32, device=device)
     # Each starts at a multiple of 16 bytes, which Triton compiles apart from any other.
-    of_bins = torch.empty((4, cdiv(bins, 4) * 4), dtype=torch.int32, device=device)
-    counts, starts, segment_ends, long_ends = of_bins[:, :bins].unbind(0)
-    entries = torch.empty(B * num_queries * HK * n, dtype=torch.int32, device=device)
+    of_bins = torch.empty((chunks, 4, cdiv(bins, 4) * 4), dtype=torch.int32, device=device)
+    counts, starts, segment_ends, long_ends = of_bins[:, :, :bins].unbind(1)
+    listed = B * chunk * HK * n
+    entries = torch.empty((chunks, cdiv(listed, 4) * 4), dtype=torch.int32, device=device)
     slots = next_power_of_2(n)
     common = (
-        rows, bounds.sequence, offsets, first_query, num_queries, T, HK, n, part, blocks, bins,
-        bounds.stride, select_block_size,
+        rows, bounds.sequence, offsets, first_query, chunk, first_query + num_queries, T, HK, n,
+        part, blocks, bins, bounds.stride, select_block_size,
     )  # fmt: skip
-    grid = (parts * B * HK,)
+    grid = (parts * B * HK, chunks)
     _count_kernel[grid](*common, SLOTS=slots, QUERIES=max(1, 256 // slots), num_warps=4)
-    work = bins + entries.shape[0] // segment
-    work_bins = torch.empty(work, dtype=torch.int32, device=device)
-    _scan_kernel[(cdiv(bins, _SCAN_BINS),)](
-        offsets, counts, work_bins, parts, bins, work,
+    work = bins + listed // segment
+    work_bins = torch.empty((chunks, cdiv(work, 4) * 4), dtype=torch.int32, device=device)
+    strides = (of_bins.stride(0), work_bins.stride(0))
+    _scan_kernel[(cdiv(bins, _SCAN_BINS), chunks)](
+        offsets, counts, work_bins, parts, bins, work, *strides,
         PARTS=_SCAN_PARTS, BINS=_SCAN_BINS, num_warps=4,
     )  # fmt: skip
-    _segments_kernel[(cdiv(bins, _SEGMENT_BINS),)](
-        counts, starts, segment_ends, long_ends, work_bins, bins,
+    _segments_kernel[(cdiv(bins, _SEGMENT_BINS), chunks)](
+        counts, starts, segment_ends, long_ends, work_bins, bins, *strides,
         SEGMENT=segment, BINS=_SEGMENT_BINS, num_warps=4,
     )  # fmt: skip
-    _fill_kernel[grid](*common, starts, entries, SLOTS=slots, num_warps=1)
-    return BlockLists(entries, starts, counts, segment_ends, long_ends, work_bins, blocks, segment)
+    _fill_kernel[grid](
+        *common, starts, entries, strides[0], entries.shape[1], SLOTS=slots, num_warps=1
+    )
+    return [
+        BlockLists(
+            entries[i],
+            starts[i],
+            counts[i],
+            segment_ends[i],
+            long_ends[i],
+            work_bins[i, :work],
+            blocks,
+            segment,
+        )
+        for i in range(chunks)
+    ]
 
 
-@triton.jit(do_not_specialize=["bins"])
+@triton.jit(do_not_specialize=["bins", "stride_bins", "stride_work"])
 def _segments_kernel(
-    counts, starts, segment_ends, long_ends, work_bins, bins, SEGMENT: tl.constexpr,
-    BINS: tl.constexpr,
+    counts, starts, segment_ends, long_ends, work_bins, bins, stride_bins, stride_work,
+    SEGMENT: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """One program: where the lists of `BINS` bins start, and which work items are their segments.
 
-    Each adds up all bins before its own: that is little, and all programs run at once.
+    Each adds up all of a chunk's bins before its own: that is little, and all programs run at once.
     """
+    i_chunk = tl.program_id(1).to(tl.int64)
+    counts += i_chunk * stride_bins
+    starts += i_chunk * stride_bins
+    segment_ends += i_chunk * stride_bins
+    long_ends += i_chunk * stride_bins
+    work_bins += i_chunk * stride_work
     o_bin = tl.arange(0, BINS)
     b_entries = tl.zeros([BINS], tl.int32)
     b_segments = tl.zeros([BINS], tl.int32)
@@ -216,7 +264,8 @@ def _segments_of(b_count, SEGMENT: tl.constexpr):
 
 
 _NOT_SPECIALIZED = [
-    "first_query", "num_queries", "T", "part", "blocks", "bins", "stride_bounds",
+    "first_query", "chunk", "end_query", "T", "part", "blocks", "bins", "stride_bounds",
+    "stride_bins", "stride_entries",
 ]  # fmt: skip
 
 
@@ -233,13 +282,14 @@ def block_number(b_row, b_sequence, blocks, select_block_size):
     return tl.where(number == 0, 0, blocks - number)
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED[:-2])
 def _count_kernel(
     rows,
     sequence,
     offsets,
     first_query,
-    num_queries,
+    chunk,
+    end_query,
     T,
     HK,
     n,
@@ -255,14 +305,16 @@ def _count_kernel(
 
     The counts are integers, so that the order in which they are raised does not matter.
     """
-    parts = tl.cdiv(num_queries, part)
+    parts = tl.cdiv(chunk, part)
+    i_chunk = tl.program_id(1).to(tl.int64)
+    first_query += tl.program_id(1) * chunk
     i_part = tl.program_id(0) % parts
     i_bin = tl.program_id(0) // parts
     i_kv = i_bin % HK
     i_batch = (i_bin // HK).to(tl.int64)
     o_slot = tl.arange(0, SLOTS)
-    p_offsets = offsets + i_part.to(tl.int64) * bins + i_bin * blocks
-    stop = tl.minimum((i_part + 1) * part, num_queries)
+    p_offsets = offsets + (i_chunk * parts + i_part) * bins + i_bin * blocks
+    stop = tl.minimum(tl.minimum((i_part + 1) * part, chunk), end_query - first_query)
     for i_query in range(i_part * part, stop, QUERIES):
         o_query = i_query + tl.arange(0, QUERIES)
         m_query = o_query < stop
@@ -275,14 +327,19 @@ def _count_kernel(
         tl.atomic_add(p_offsets + b_block, 1, mask=b_row >= 0, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["parts", "bins", "work"])
+@triton.jit(do_not_specialize=["parts", "bins", "work", "stride_bins", "stride_work"])
 def _scan_kernel(
-    offsets, counts, work_bins, parts, bins, work, PARTS: tl.constexpr, BINS: tl.constexpr
+    offsets, counts, work_bins, parts, bins, work, stride_bins, stride_work, PARTS: tl.constexpr,
+    BINS: tl.constexpr,
 ):  # fmt: skip
-    """One program: exclusive sums over the parts, in place, and the totals, of `BINS` bins.
+    """One program: exclusive sums over a chunk's parts, in place, and the totals, of `BINS` bins.
 
     All programs together say of every work item that it has no bin.
     """
+    i_chunk = tl.program_id(1).to(tl.int64)
+    offsets += i_chunk * parts * bins
+    counts += i_chunk * stride_bins
+    work_bins += i_chunk * stride_work
     for i_work in range(tl.program_id(0) * BINS, work, tl.num_programs(0) * BINS):
         o_work = i_work + tl.arange(0, BINS)
         tl.store(work_bins + o_work, tl.zeros([BINS], tl.int32) + bins, mask=o_work < work)
@@ -305,7 +362,8 @@ def _fill_kernel(
     sequence,
     offsets,
     first_query,
-    num_queries,
+    chunk,
+    end_query,
     T,
     HK,
     n,
@@ -316,6 +374,8 @@ def _fill_kernel(
     select_block_size,
     starts,
     entries,
+    stride_bins,
+    stride_entries,
     SLOTS: tl.constexpr,
 ):
     """One program: one part's entries in the lists of one batch and KV head.
@@ -323,15 +383,18 @@ def _fill_kernel(
     `offsets` serves as the program's own cursors. A query names no block twice, so its slots do not
     meet; the barrier lets the next query see how far they moved.
     """
-    parts = tl.cdiv(num_queries, part)
+    parts = tl.cdiv(chunk, part)
+    i_chunk = tl.program_id(1).to(tl.int64)
+    first_query += tl.program_id(1) * chunk
     i_part = tl.program_id(0) % parts
     i_bin = tl.program_id(0) // parts
     i_kv = i_bin % HK
     i_batch = (i_bin // HK).to(tl.int64)
     o_slot = tl.arange(0, SLOTS)
-    p_offsets = offsets + i_part.to(tl.int64) * bins + i_bin * blocks
-    p_starts = starts + i_bin * blocks
-    stop = tl.minimum((i_part + 1) * part, num_queries)
+    p_offsets = offsets + (i_chunk * parts + i_part) * bins + i_bin * blocks
+    p_starts = starts + i_chunk * stride_bins + i_bin * blocks
+    entries += i_chunk * stride_entries
+    stop = tl.minimum(tl.minimum((i_part + 1) * part, chunk), end_query - first_query)
     for i_query in range(i_part * part, stop):
         b_sequence = tl.load(sequence + i_batch * stride_bounds + first_query + i_query)
         o_row = ((i_batch * T + first_query + i_query) * HK + i_kv) * n + o_slot

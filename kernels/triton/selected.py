@@ -271,11 +271,11 @@ def _by_block_hopper(
     partial_out = torch.empty((*shape, Dv), dtype=q.dtype, device=q.device)
     sequences = 1 if layout.cu_seqlens is None else layout.cu_seqlens.shape[0] - 1
     key_sequences = 1 if layout.cu_seqlens_k is None else layout.cu_seqlens_k.shape[0] - 1
-    for first in range(0, T, chunk):
+    every = block_lists(
+        shares.own, bounds, S, key_sequences, m, chunk, values["segment_tiles"] * size
+    )
+    for first, lists in zip(range(0, T, chunk), every, strict=True):
         count = min(chunk, T - first)
-        lists = block_lists(
-            shares.own, bounds, S, key_sequences, m, first, count, values["segment_tiles"] * size
-        )
         # What is in no list stays 0, which stands for none.
         partial_lse = torch.zeros(shape, dtype=torch.float32, device=q.device)
         selected_by_block_tma.attend(
@@ -312,12 +312,11 @@ def _by_block(
     partial_lse = torch.empty(partial_shape, dtype=torch.float32, device=q.device)
     cu_keys = None if layout.cu_seqlens_k is None else layout.cu_seqlens_k.contiguous()
     sequences = 1 if cu_keys is None else cu_keys.shape[0] - 1
-    for first in range(0, T, chunk):
+    every = block_lists(
+        rows, bounds, S, sequences, config.select_block_size, chunk, tuned_block["segment"]
+    )
+    for first, lists in zip(range(0, T, chunk), every, strict=True):
         count = min(chunk, T - first)
-        lists = block_lists(
-            rows, bounds, S, sequences, config.select_block_size, first, count,
-            tuned_block["segment"],
-        )  # fmt: skip
         _by_block_kernel[(lists.work * parts,)](
             q,
             k,

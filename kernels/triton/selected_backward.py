@@ -121,11 +121,9 @@ def selected_gradients(
             "BLOCK_N": block_n,
         }
         kernel, tensors, constants = _kernel_for(values, block_n, grad_out, q, v, partial_dq)
-        for first in range(0, T, chunk):
+        every = block_lists(rows, bounds, S, sequences, config.select_block_size, chunk, segment)
+        for first, lists in zip(range(0, T, chunk), every, strict=True):
             count = min(chunk, T - first)
-            lists = block_lists(
-                rows, bounds, S, sequences, config.select_block_size, first, count, segment
-            )
             kernel[(lists.work * parts,)](
                 *tensors[:2],
                 k,

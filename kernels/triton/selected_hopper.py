@@ -302,10 +302,11 @@ def _clean_behind(tile, count):
     width: gl.constexpr = tile.shape[1]
     lanes: gl.constexpr = gl.BlockedLayout([1, 8], [256 // width, width // 8], [4, 1], [1, 0])
     for i_row in gl.static_range(0, rows, 32):
-        part = tile.slice(i_row, 32)
-        o_row = i_row + gl.arange(0, 32, gl.SliceLayout(1, lanes))
-        b_part = gl.where((o_row < count)[:, None], part.load(lanes), 0.0)
-        part.store(b_part.to(tile.dtype))
+        if count < i_row + 32:
+            part = tile.slice(i_row, 32)
+            o_row = i_row + gl.arange(0, 32, gl.SliceLayout(1, lanes))
+            b_part = gl.where((o_row < count)[:, None], part.load(lanes), 0.0)
+            part.store(b_part.to(tile.dtype))
     fence_async_shared()
     gl.thread_barrier()
 

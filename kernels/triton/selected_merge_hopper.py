@@ -173,7 +173,7 @@ def _hopper_merge_kernel(
             ),
         ],
         [1],
-        [40],
+        [32],
     )  # fmt: skip
 
 
@@ -299,6 +299,65 @@ def _fetch(
 
 
 @gluon.jit
+def _widen_some(b_tile, m_row):
+    """A tile as float32, zeros in rows where `m_row [64, 1]` is false, whatever the tile has."""
+    if b_tile.dtype == gl.bfloat16:
+        # Two neighbours with two instructions: the upper half, and the lower one moved up.
+        b_factor, b_mask = gl.where(m_row, 0x10000, 0), gl.where(m_row, -0x10000, 0)
+        return gl.inline_asm_elementwise(
+            "mul.lo.u32 $0, $2, $3; and.b32 $1, $2, $6;", "=r,=r,r,r,r,r,r",
+            [b_tile, b_factor, b_mask], gl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return gl.where(m_row, b_tile.to(gl.float32), 0.0)
+
+
+@constexpr_function
+def _layout_of_rows(WIDTH):
+    """`[64, WIDTH]` with 8 neighbours a thread, in warps that have the rows of a product's."""
+    WIDTH = getattr(WIDTH, "value", WIDTH)
+    panels = [[0, column] for column in (32, 64, 128) if column < WIDTH]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [8, 0], [0, 16], *panels],
+        lane_bases=[[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, WIDTH],
+    )
+
+
+@gluon.jit
+def _load_tile(
+    partial_lse, lists, bounds, where, tile, chunk,
+    SLOTS: gl.constexpr, WIDTH_SLOTS: gl.constexpr, HEADS: gl.constexpr,
+):  # fmt: skip
+    """What a tile starts from: its slots' lse, its rows' bounds, and its first shared block."""
+    shared, _, kept = lists
+    lower, upper, stride_bounds = bounds
+    HK, first_query, end_query = where[3], where[7], where[8]
+    i_shares, i_batch, i_kv, first, stop = tile
+    by_slot: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH_SLOTS, 16])
+    score_row: gl.constexpr = gl.SliceLayout(
+        1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    )
+    o_slot = gl.arange(0, WIDTH_SLOTS, gl.SliceLayout(0, by_slot))
+    o_row = gl.arange(0, 64, gl.SliceLayout(1, by_slot))
+    o_query = first + o_row // HEADS
+    m_query = (o_query < stop) & (o_query >= first_query) & (o_query < end_query)
+    o_lse = (i_batch * HK + i_kv).to(gl.int64) * chunk + o_query - first_query
+    o_lse = o_lse * (SLOTS * HEADS) + o_row % HEADS
+    p_lse = partial_lse + o_lse[:, None] + (o_slot * HEADS)[None, :]
+    b_lse = gl.load(p_lse, mask=m_query[:, None] & (o_slot < SLOTS)[None, :], other=0.0)
+    o_query = first + gl.arange(0, 64, score_row) // HEADS
+    o_bounds = i_batch.to(gl.int64) * stride_bounds + o_query
+    b_lower = gl.load(lower + o_bounds, mask=o_query < stop, other=0)
+    b_upper = gl.load(upper + o_bounds, mask=o_query < stop, other=0)
+    NUMBERS: gl.constexpr = WIDE_FIELDS if 64 // HEADS > 32 else FIELDS
+    block = load_block(shared + i_shares * kept * NUMBERS, 0, 0, NUMBERS)
+    return b_lse, b_lower, b_upper, block
+
+
+@gluon.jit
 def _add_partials(
     buffers, ready, state, b_lse, start, stop, scale_log2, i_stage, parity, HEADS: gl.constexpr,
     WIDTH_SLOTS: gl.constexpr, V_MAIN: gl.constexpr, STAGES: gl.constexpr,
@@ -331,11 +390,12 @@ def _add_partials(
                 buffer.dtype, [64 // HEADS, HEADS * V_MAIN], plain
             )
             b_out = from_partials(rows.load(LAYOUT), HEADS, V_MAIN, by_value)
-            # What was read must have arrived before the copy engine may write there.
-            fence_async_shared()
-            mbarrier.arrive(barriers.index(STAGES + i_stage), count=1)
             # What no one left there may be anything.
-            accumulator += gl.where(weight > 0.0, b_out.to(gl.float32), 0.0) * weight
+            accumulator += _widen_some(b_out, weight > 0.0) * weight
+        # What was read must have arrived before the copy engine may write there.
+        fence_async_shared()
+        mbarrier.arrive(k_ready.index(STAGES + i_stage), count=1)
+        mbarrier.arrive(v_ready.index(STAGES + i_stage), count=1)
         i_stage, parity = next_stage(i_stage, parity, STAGES)
     return (largest, total_sum, accumulator), i_stage, parity
 
@@ -350,7 +410,6 @@ def _consume(
     q_ready = ready[0]
     out, lse, lower, upper, stride_bounds = results
     shared, counts, kept = lists
-    T, HK, first_query, end_query = where[2], where[3], where[7], where[8]
     dtype: gl.constexpr = out.dtype.element_ty
     QUERIES: gl.constexpr = 64 // HEADS
     NUMBERS: gl.constexpr = WIDE_FIELDS if QUERIES > 32 else FIELDS
@@ -359,41 +418,36 @@ def _consume(
     score_row: gl.constexpr = gl.SliceLayout(
         1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     )
-    by_slot: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH_SLOTS, 16])
-    slot_row: gl.constexpr = gl.SliceLayout(1, by_slot)
-    o_slot = gl.arange(0, WIDTH_SLOTS, gl.SliceLayout(0, by_slot))
-    o_row = gl.arange(0, 64, row)
-    o_head = o_row % HEADS
+    ROWS: gl.constexpr = _layout_of_rows(V_MAIN)
+    bounds = (lower, upper, stride_bounds)
     i_stage, parity, q_parity = 0, 0, 0
-    i_shares, i_batch, i_kv, first, stop = _locate(gl.program_id(0), where, QUERIES)
-    whole_count, shared_count, own_count = _load_counts(counts, i_shares)
+    tile = _locate(gl.program_id(0), where, QUERIES)
+    whole_count, shared_count, own_count = _load_counts(counts, tile[0])
+    b_lse, b_lower, b_upper, block = _load_tile(
+        partial_lse, lists, bounds, where, tile, chunk, SLOTS, WIDTH_SLOTS, HEADS
+    )
     for i_work in range(gl.program_id(0), total, gl.num_programs(0)):
+        # The next tile's, so that nobody waits for them.
         i_next = gl.minimum(i_work + gl.num_programs(0), total - 1)
-        next_shares, next_batch, next_kv, next_first, next_stop = _locate(i_next, where, QUERIES)
-        next_whole, next_shared, next_own = _load_counts(counts, next_shares)
+        next_tile = _locate(i_next, where, QUERIES)
+        next_whole, next_shared, next_own = _load_counts(counts, next_tile[0])
+        next_lse, next_lower, next_upper, next_block = _load_tile(
+            partial_lse, lists, bounds, where, next_tile, chunk, SLOTS, WIDTH_SLOTS, HEADS
+        )
+        i_shares, _, _, first, stop = tile
         if first < stop:
             p_shared = shared + i_shares * kept * NUMBERS
-            p_upper = upper + i_batch.to(gl.int64) * stride_bounds
-            o_query = first + o_row // HEADS
-            m_query = (o_query < stop) & (o_query >= first_query) & (o_query < end_query)
-            o_lse = (i_batch * HK + i_kv).to(gl.int64) * chunk + o_query - first_query
-            o_lse = gl.convert_layout(o_lse * (SLOTS * HEADS) + o_head, slot_row)
-            m_lse = gl.convert_layout(m_query, slot_row)[:, None] & (o_slot < SLOTS)[None, :]
-            p_lse = partial_lse + o_lse[:, None] + (o_slot * HEADS)[None, :]
-            b_lse = gl.load(p_lse, mask=m_lse, other=0.0)
             b_lse = gl.where(b_lse == 0.0, float("-inf"), b_lse)
+            b_upper = gl.where(b_upper > b_lower, b_upper, 0)
             # This always holds. It is there because the compiler takes for constant what a loop
             # carries and uses for nothing but the bounds of loops in it.
             m_any = (whole_count | shared_count | own_count) >= 0
             mbarrier.wait(q_ready.index(0), q_parity, pred=m_any)
             q_parity ^= 1
-            o_shared = first + gl.arange(0, 64, score_row) // HEADS
-            b_upper = gl.load(p_upper + o_shared, mask=o_shared < stop, other=0)
             # The largest of the slots' is where sums start from, so that they do not grow by it.
-            largest = gl.convert_layout(gl.max(b_lse, 1) / scale_log2, score_row)
+            largest = gl.convert_layout(gl.max(b_lse, 1) * (1.0 / scale_log2), score_row)
             accumulator = gl.zeros([64, V_MAIN], gl.float32, by_value)
             state = (largest, gl.zeros([64], gl.float32, score_row), accumulator)
-            block = load_block(p_shared, 0, shared_count, NUMBERS)
             pairs, each = _share_out(shared_count, own_count)
             for MASKED in gl.static_range(2):
                 start = 0 if MASKED == 0 else whole_count
@@ -415,25 +469,44 @@ def _consume(
                 scale_log2, i_stage, parity, HEADS, WIDTH_SLOTS, V_MAIN, STAGES,
             )  # fmt: skip
             largest, total_sum, accumulator = state
-            running_max = gl.convert_layout(largest * scale_log2, row)
-            running_sum = gl.convert_layout(total_sum, row)
-            o_result = (i_batch.to(gl.int64) * T + o_query) * HK + i_kv
-            m_row = m_query & (o_head < G)
+            running_max = largest * scale_log2
             # Queries that see nothing may hold anything, NaN too.
-            b_upper = gl.load(p_upper + o_query, mask=m_query, other=0)
-            p_lower = lower + i_batch.to(gl.int64) * stride_bounds
-            b_lower = gl.load(p_lower + o_query, mask=m_query, other=0)
-            m_some = (running_sum > 0.0) & (b_upper > b_lower)
-            running_sum = gl.where(m_some, running_sum, 1.0)
-            b_final = (running_max + gl.log2(running_sum)) * 0.6931471805599453
-            o_out = o_result * G + o_head
-            gl.store(lse + o_out, gl.where(m_some, b_final, float("-inf")), mask=m_row)
-            accumulator *= (1.0 / running_sum)[:, None]
-            b_out = gl.where(m_some[:, None], accumulator, 0.0).to(dtype)
-            o_column = gl.arange(0, V_MAIN, gl.SliceLayout(0, by_value))
-            p_out = out + o_out[:, None] * V_MAIN + o_column[None, :]
-            gl.store(p_out, b_out, mask=m_row[:, None])
-        i_shares, i_batch, i_kv, first, stop = (
-            next_shares, next_batch, next_kv, next_first, next_stop
-        )  # fmt: skip
-        whole_count, shared_count, own_count = next_whole, next_shared, next_own
+            m_some = (total_sum > 0.0) & (b_upper > 0)
+            total_sum = gl.where(m_some, total_sum, 1.0)
+            b_final = (running_max + gl.log2(total_sum)) * 0.6931471805599453
+            b_final = gl.where(m_some, b_final, float("-inf"))
+            _store_lse(lse, b_final, where, tile, G, HEADS)
+            b_factor = gl.where(m_some, 1.0 / total_sum, 0.0)
+            b_factor = gl.convert_layout(b_factor, row)[:, None]
+            b_out = gl.where(b_factor > 0.0, accumulator * b_factor, 0.0).to(dtype)
+            _store_out(out, gl.convert_layout(b_out, ROWS), where, tile, G, HEADS)
+        tile, whole_count, shared_count, own_count = next_tile, next_whole, next_shared, next_own
+        b_lse, b_lower, b_upper, block = next_lse, next_lower, next_upper, next_block
+
+
+@gluon.jit
+def _results_of(o_row, where, tile, G, HEADS: gl.constexpr):
+    """Where a tile's rows have their results, counted in heads, and whether they are to be stored.
+
+    Rows of other tiles' queries are stored by others.
+    """
+    T, HK, first_query, end_query = where[2], where[3], where[7], where[8]
+    _, i_batch, i_kv, first, stop = tile
+    o_query, o_head = first + o_row // HEADS, o_row % HEADS
+    m_row = (o_query < stop) & (o_query >= first_query) & (o_query < end_query) & (o_head < G)
+    return ((i_batch.to(gl.int64) * T + o_query) * HK + i_kv) * G + o_head, m_row
+
+
+@gluon.jit
+def _store_lse(lse, b_lse, where, tile, G, HEADS: gl.constexpr):
+    o_out, m_row = _results_of(gl.arange(0, 64, b_lse.type.layout), where, tile, G, HEADS)
+    gl.store(lse + o_out, b_lse, mask=m_row)
+
+
+@gluon.jit
+def _store_out(out, b_out, where, tile, G, HEADS: gl.constexpr):
+    WIDTH: gl.constexpr = b_out.shape[1]
+    o_row = gl.arange(0, 64, gl.SliceLayout(1, b_out.type.layout))
+    o_column = gl.arange(0, WIDTH, gl.SliceLayout(0, b_out.type.layout))
+    o_out, m_row = _results_of(o_row, where, tile, G, HEADS)
+    gl.store(out + o_out[:, None] * WIDTH + o_column[None, :], b_out, mask=m_row[:, None])
