@@ -253,7 +253,7 @@ def _by_block_hopper(
     """Attend by block with the kernels written for Hopper, whose `values` these are."""
     merging = tuned("sm_90", "hopper_merge", q.element_size(), q.shape[3], v.shape[3])
     # Not at the top: Gluon is there for Hopper alone.
-    from nsa_port.kernels.triton import selected_by_block_tma, selected_merge_hopper
+    from nsa_port.kernels.triton import selected_by_block_hopper, selected_merge_hopper
 
     B, T, H, _ = q.shape
     S, HK, Dv = v.shape[1:]
@@ -278,7 +278,7 @@ def _by_block_hopper(
         count = min(chunk, T - first)
         # What is in no list stays 0, which stands for none.
         partial_lse = torch.zeros(shape, dtype=torch.float32, device=q.device)
-        selected_by_block_tma.attend(
+        selected_by_block_hopper.attend(
             q, k, v, shares.own, lists, first, partial_out, partial_lse, scale, heads, values
         )
         selected_merge_hopper.attend(

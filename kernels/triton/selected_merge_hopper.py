@@ -2,7 +2,7 @@
 
 A tile of neighbouring queries, with the heads of a group as rows, walks the blocks that its queries
 share as `selected_hopper` does. Then come, through the same buffers, the partial results that
-`selected_by_block_tma` left for its queries, slot by slot.
+`selected_by_block_hopper` left for its queries, slot by slot.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def attend(
     """Fill `out` and `lse` of the queries `first_query .. last_query`.
 
     `tiles` are of `64 // heads` queries of `sequences` packed sequences; `partial_out` and
-    `partial_lse` are as `selected_by_block_tma.attend` leaves them. `scale` is positive.
+    `partial_lse` are as `selected_by_block_hopper.attend` leaves them. `scale` is positive.
     """
     B, T, H, Dk = q.shape
     HK, Dv = v.shape[2:]
