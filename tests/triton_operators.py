@@ -622,6 +622,28 @@ def test_few_queries_without_gradients_are_those_of_the_reference(by_block: bool
     assert_close(whole.out.cpu(), exact[0], plain[0], "out")
 
 
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_a_sequence_packed_alone_is_what_it_is_unpacked(needs_grad: bool) -> None:
+    """On a GPU of a length that gives each program several tiles."""
+    case = Case("short", SMALL, T=150, S=150, H=4, HK=2, dtype=torch.float16)
+    if DEVICE == "cuda":
+        sizes = {"T": 5000, "S": 5000, "H": 64, "HK": 4, "Dk": 128, "Dv": 128}
+        case = replace(case, config=NSAConfig(), dtype=torch.bfloat16, **sizes)
+    tensors = on_device(*make_inputs(case).tensors())
+    ends = torch.tensor([0, case.T], dtype=torch.int32, device=DEVICE)
+    alone = kernels.nsa_attention(*tensors, *tail(case), needs_grad)
+    packed = Layout(case.T, ends, ends)
+    among = kernels.nsa_attention(*tensors, case.config, packed, case.scale, needs_grad)
+    torch.testing.assert_close(alone.lse, among.lse, rtol=1e-5, atol=1e-4)
+    # Of blocks that score all but the same either may be chosen.
+    same = (alone.indices == among.indices).flatten(2).all(2)
+    assert same.float().mean() > 0.99
+    atol = 8 * torch.finfo(case.dtype).eps
+    for one, other in zip(alone[:4], among[:4], strict=True):
+        if one.numel():
+            torch.testing.assert_close(one[same], other[same], rtol=0.0, atol=atol)
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter compiles nothing")
 def test_a_new_length_compiles_nothing() -> None:
     from triton import knobs
