@@ -26,7 +26,7 @@ from nsa_port.kernels.triton.selected_hopper import (
     load_block,
     tile_at,
 )
-from nsa_port.kernels.triton.sharing import FIELDS, WIDE_FIELDS, SharedBlocks
+from nsa_port.kernels.triton.sharing import SharedBlocks, fields_of
 
 
 def attend(
@@ -250,7 +250,7 @@ def _fetch(
     shared, counts, kept = lists
     HK, first_query = where[3], where[7]
     QUERIES: gl.constexpr = 64 // HEADS
-    NUMBERS: gl.constexpr = WIDE_FIELDS if QUERIES > 32 else FIELDS
+    NUMBERS: gl.constexpr = fields_of(QUERIES)
     i_stage, parity, q_parity = 0, 1, 1
     i_shares, i_batch, i_kv, first, stop = _locate(gl.program_id(0), where, QUERIES)
     _, shared_count, own_count = _load_counts(counts, i_shares)
@@ -352,7 +352,7 @@ def _load_tile(
     o_bounds = i_batch.to(gl.int64) * stride_bounds + o_query
     b_lower = gl.load(lower + o_bounds, mask=o_query < stop, other=0)
     b_upper = gl.load(upper + o_bounds, mask=o_query < stop, other=0)
-    NUMBERS: gl.constexpr = WIDE_FIELDS if 64 // HEADS > 32 else FIELDS
+    NUMBERS: gl.constexpr = fields_of(64 // HEADS)
     block = load_block(shared + i_shares * kept * NUMBERS, 0, 0, NUMBERS)
     return b_lse, b_lower, b_upper, block
 
@@ -412,7 +412,7 @@ def _consume(
     shared, counts, kept = lists
     dtype: gl.constexpr = out.dtype.element_ty
     QUERIES: gl.constexpr = 64 // HEADS
-    NUMBERS: gl.constexpr = WIDE_FIELDS if QUERIES > 32 else FIELDS
+    NUMBERS: gl.constexpr = fields_of(QUERIES)
     by_value: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V_MAIN, 16])
     row: gl.constexpr = gl.SliceLayout(1, by_value)
     score_row: gl.constexpr = gl.SliceLayout(

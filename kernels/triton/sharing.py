@@ -41,6 +41,12 @@ _LARGEST_TILE = 2**15
 """Comparisons of one query's blocks with those of a whole tile."""
 
 
+@triton.constexpr_function
+def fields_of(queries: int) -> int:
+    """How many numbers a shared block has in tiles of so many queries."""
+    return (FIELDS if queries <= 32 else WIDE_FIELDS).value
+
+
 class SharedBlocks(NamedTuple):
     """The blocks of tiles of `queries` neighbouring queries of one batch and KV head.
 
@@ -87,7 +93,7 @@ def share_blocks(
     B, T, HK, n = indices.shape
     slots = next_power_of_2(n)
     sampled = _SAMPLED if queries > 16 else 0
-    fields = (FIELDS if queries <= 32 else WIDE_FIELDS).value
+    fields = fields_of(queries)
     # A query sees all blocks but the one it stands in to the end.
     kept = min(queries * n, queries * n // least + queries)
     shapes = (
