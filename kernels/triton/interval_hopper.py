@@ -68,6 +68,12 @@ def attend(
     first, second, gates, total_out, keep = sum_with or (None, None, None, None, True)
     key, value = split_head(Dk), split_head(v.shape[3])
     block_n = values["BLOCK_N"]
+    row_stages, stages = values["row_stages"], values["num_stages"]
+    # Tiles of packed sequences may end in the middle, where the copy engine cannot stop.
+    staged = sum_with is not None and "sum_stages" in values and layout.cu_seqlens is None
+    if staged:
+        block_n, row_stages, stages = values["sum_block_n"], 1, values["sum_stages"]
+    terms = (first, second, out, total_out) if staged else (None,) * 4
     queries, heads = queries_and_heads(q, v.shape[2])
     tiles = cut_tiles(T, queries, layout.cu_seqlens)
     total = tiles.count * B * (H // heads)
@@ -77,6 +83,7 @@ def attend(
         describe(k, block_n, key.main),
         describe(k, block_n, key.rest),
         describe(v, block_n, value.main),
+        *(None if term is None else describe(term, 64, value.main) for term in terms),
         tiles.first,
         tiles.stop,
         bounds.lower,
@@ -102,8 +109,9 @@ def attend(
         K_REST=key.rest,
         V_MAIN=value.main,
         BLOCK_N=block_n,
-        STAGES=values["num_stages"],
-        ROW_STAGES=values["row_stages"],
+        STAGES=stages,
+        ROW_STAGES=row_stages,
+        STAGED=staged,
         HEADS=heads,
         num_warps=values["num_warps"],
     )
@@ -122,6 +130,10 @@ def _hopper_forward_kernel(
     k_main,
     k_rest,
     v_main,
+    first_tiles,
+    second_tiles,
+    out_tiles,
+    total_tiles,
     tile_first,
     tile_stop,
     lower,
@@ -152,9 +164,13 @@ def _hopper_forward_kernel(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     ROW_STAGES: gl.constexpr,
+    STAGED: gl.constexpr,
     HEADS: gl.constexpr,
 ):
-    """One program of as many as the device has multiprocessors: every so manieth tile."""
+    """One program of as many as the device has multiprocessors: every so manieth tile.
+
+    If `STAGED`, the terms of the gated sum come, and results go, through shared memory.
+    """
     dtype: gl.constexpr = out.dtype.element_ty
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=4)
     rest: gl.constexpr = K_REST if K_REST else K_MAIN
@@ -182,29 +198,36 @@ def _hopper_forward_kernel(
         mbarrier.init(k_ready.index(STAGES + i_stage), count=2)
         mbarrier.init(v_ready.index(STAGES + i_stage), count=2)
     mbarrier.init(v_ready.index(2 * STAGES), count=1)
+    terms, terms_ready = q_buffer, q_ready
+    if STAGED:
+        terms = gl.allocate_shared_memory(dtype, [4, 1, 64, 1, V_MAIN], tile)
+        terms_ready = gl.allocate_shared_memory(gl.int64, [2, 1], counter)
+        mbarrier.init(terms_ready.index(0), count=1)
+        mbarrier.init(terms_ready.index(1), count=2)
     fence_async_shared()
 
-    buffers = (q_buffer, q_rest_buffer, k_buffer, k_rest_buffer, v_buffer)
-    ready = (q_ready, k_ready, v_ready)
+    buffers = (q_buffer, q_rest_buffer, k_buffer, k_rest_buffer, v_buffer, terms)
+    ready = (q_ready, k_ready, v_ready, terms_ready)
     where = (tile_first, spans, stride_spans, T, H, G, tiles, total)
     results = (out, lse, lower, upper, stride_bounds, tile_stop)
     gated = (first, second, gates, total_out, stride_gb, stride_gt, stride_gh, stride_gg)
+    stored = (out_tiles, total_tiles)
     gl.warp_specialize(
         [
             (
-                _consume,
-                (buffers, ready, where, results, gated, scale_log2,
+                _consume_staged if STAGED else _consume,
+                (buffers, ready, where, results, gated, stored, scale_log2,
                  0, KEEP, K_MAIN, K_REST, V_MAIN, BLOCK_N, STAGES, ROW_STAGES, HEADS),
             ),
             (
-                _consume,
-                (buffers, ready, where, results, gated, scale_log2,
+                _consume_staged if STAGED else _consume,
+                (buffers, ready, where, results, gated, stored, scale_log2,
                  1, KEEP, K_MAIN, K_REST, V_MAIN, BLOCK_N, STAGES, ROW_STAGES, HEADS),
             ),
             (
                 _fetch,
-                (q_tiles, k_tiles, v_main, buffers, ready, where,
-                 K_MAIN, K_REST, V_MAIN, BLOCK_N, STAGES, ROW_STAGES, HEADS),
+                (q_tiles, k_tiles, v_main, (first_tiles, second_tiles), buffers, ready, where,
+                 K_MAIN, K_REST, V_MAIN, BLOCK_N, STAGES, ROW_STAGES, STAGED, HEADS),
             ),
         ],
         [4, 1],
@@ -214,16 +237,16 @@ def _hopper_forward_kernel(
 
 @gluon.jit
 def _fetch(
-    q_tiles, k_tiles, v_main, buffers, ready, where,
+    q_tiles, k_tiles, v_main, term_tiles, buffers, ready, where,
     K_MAIN: gl.constexpr, K_REST: gl.constexpr, V_MAIN: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    ROW_STAGES: gl.constexpr, HEADS: gl.constexpr,
+    ROW_STAGES: gl.constexpr, STAGED: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
     """The fetching warp: fill every buffer as soon as it is free."""
-    q_buffer, q_rest_buffer, k_buffer, k_rest_buffer, v_buffer = buffers
-    q_ready, k_ready, v_ready = ready
+    q_buffer, q_rest_buffer, k_buffer, k_rest_buffer, v_buffer, terms = buffers
+    q_ready, k_ready, v_ready, terms_ready = ready
     total = where[7]
-    i_stage, parity, i_rows, q_parity, copied = 0, 1, 0, 1, 0
+    i_stage, parity, i_rows, q_parity, copied, terms_parity = 0, 1, 0, 1, 0, 0
     for i_work in range(gl.program_id(0), total, gl.num_programs(0)):
         _i_tile, i_batch, i_head, i_kv, first, span = locate(i_work, where, HEADS)
         _masked, steps = count_steps(span, BLOCK_N)
@@ -271,6 +294,20 @@ def _fetch(
                     clean_rows(v_buffer.index(i_stage), surplus)
                     mbarrier.arrive(v_ready.index(i_stage), count=1)
             i_stage, parity = next_stage(i_stage, parity, STAGES)
+        if STAGED:
+            # Early in a tile its warpgroups see that the last one's results have left.
+            mbarrier.wait(terms_ready.index(1), terms_parity)
+            terms_parity ^= 1
+            filled = terms_ready.index(0)
+            mbarrier.expect(filled, 2 * 2 * 128 * V_MAIN)
+            for half in gl.static_range(2):
+                i_row = first + half * 64 if HEADS == 1 else first
+                i_member = i_head if HEADS == 1 else i_head + half
+                for i_term in gl.static_range(2):
+                    tma.async_copy_global_to_shared(
+                        term_tiles[i_term], [i_batch, i_row, i_member, 0], filled,
+                        terms.index(2 * i_term + half),
+                    )  # fmt: skip
 
 
 @gluon.jit
@@ -315,7 +352,7 @@ def _soften(
 
 @gluon.jit
 def _consume(
-    buffers, ready, where, results, gated, scale_log2,
+    buffers, ready, where, results, gated, _stored, scale_log2,
     HALF: gl.constexpr, KEEP: gl.constexpr, K_MAIN: gl.constexpr, K_REST: gl.constexpr,
     V_MAIN: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     ROW_STAGES: gl.constexpr, HEADS: gl.constexpr,
@@ -329,7 +366,7 @@ def _consume(
         rows = _look_up(i_work, where, results, HALF, HEADS, BLOCK_N)
         accumulator, running_sum, stages = _attend_tile(
             rows, stages, buffers, ready, where, results, scale_log2,
-            HALF, K_MAIN, K_REST, V_MAIN, BLOCK_N, STAGES, ROW_STAGES,
+            HALF, K_MAIN, K_REST, V_MAIN, BLOCK_N, STAGES, ROW_STAGES, False,
         )  # fmt: skip
         i_batch, i_head, first, last = rows[0], rows[1], rows[2], rows[3]
         accumulator /= running_sum[:, None]
@@ -343,6 +380,57 @@ def _consume(
             gl.store(out + o_out, b_out, mask=m_row[:, None])
         if gated[2] is not None:
             _store_sum(b_out, o_out, i_batch, o_query, i_head, m_row, gated)
+
+
+@gluon.jit
+def _consume_staged(
+    buffers, ready, where, results, gated, stored, scale_log2,
+    HALF: gl.constexpr, KEEP: gl.constexpr, K_MAIN: gl.constexpr, K_REST: gl.constexpr,
+    V_MAIN: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    ROW_STAGES: gl.constexpr, HEADS: gl.constexpr,
+):  # fmt: skip
+    """The same, with the gated sum's terms in shared memory, where results take their places.
+
+    What depends on memory alone is loaded a tile ahead.
+    """
+    terms, terms_ready = buffers[5], ready[3]
+    total = where[7]
+    dtype: gl.constexpr = terms.dtype
+    tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    by_value: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V_MAIN, 16])
+    s_first = terms.index(HALF)._reinterpret(dtype, [64, V_MAIN], tile)
+    s_second = terms.index(2 + HALF)._reinterpret(dtype, [64, V_MAIN], tile)
+    stages, terms_parity = (0, 0, 0, 0), 0
+    i_work = gl.program_id(0)
+    next_rows = _look_up(i_work, where, results, HALF, HEADS, BLOCK_N)
+    next_gates = _load_gates(next_rows, gated, by_value)
+    while i_work < total:
+        rows, b_gates = next_rows, next_gates
+        i_work += gl.num_programs(0)
+        next_rows = _look_up(
+            gl.minimum(i_work, total - 1), where, results, HALF, HEADS, BLOCK_N
+        )  # fmt: skip
+        next_gates = _load_gates(next_rows, gated, by_value)
+        accumulator, running_sum, stages = _attend_tile(
+            rows, stages, buffers, ready, where, results, scale_log2,
+            HALF, K_MAIN, K_REST, V_MAIN, BLOCK_N, STAGES, ROW_STAGES, True,
+        )  # fmt: skip
+        b_out = (accumulator * (1.0 / running_sum)[:, None]).to(dtype)
+        mbarrier.wait(terms_ready.index(0), terms_parity)
+        terms_parity ^= 1
+        b_total = b_gates[0][:, None] * s_first.load(by_value).to(gl.float32)
+        b_total += b_gates[1][:, None] * s_second.load(by_value).to(gl.float32)
+        b_total += b_gates[2][:, None] * b_out.to(gl.float32)
+        s_first.store(b_total.to(dtype))
+        if KEEP:
+            s_second.store(b_out)
+        fence_async_shared()
+        gl.thread_barrier()
+        o_tile = [rows[0], rows[2], rows[1], 0]
+        tma.async_copy_shared_to_global(stored[1], o_tile, terms.index(HALF))
+        if KEEP:
+            tma.async_copy_shared_to_global(stored[0], o_tile, terms.index(2 + HALF))
+    tma.store_wait(0)
 
 
 @gluon.jit
@@ -372,17 +460,33 @@ def _look_up(
 
 
 @gluon.jit
+def _load_gates(rows, gated, LAYOUT: gl.constexpr):
+    """The three gates of each row."""
+    i_batch, i_head, first, last = rows[0], rows[1], rows[2], rows[3]
+    _, _, gates, _, stride_b, stride_t, stride_h, stride_g = gated
+    o_query = first + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    p_gate = gates + i_batch.to(gl.int64) * stride_b + o_query.to(gl.int64) * stride_t
+    p_gate += i_head.to(gl.int64) * stride_h
+    m_row = o_query < last
+    return (
+        gl.load(p_gate, mask=m_row, other=0.0).to(gl.float32),
+        gl.load(p_gate + stride_g, mask=m_row, other=0.0).to(gl.float32),
+        gl.load(p_gate + 2 * stride_g, mask=m_row, other=0.0).to(gl.float32),
+    )
+
+
+@gluon.jit
 def _attend_tile(
     rows, stages, buffers, ready, where, results, scale_log2,
     HALF: gl.constexpr, K_MAIN: gl.constexpr, K_REST: gl.constexpr, V_MAIN: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ROW_STAGES: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ROW_STAGES: gl.constexpr, STAGED: gl.constexpr,
 ):  # fmt: skip
     """Attend with a warpgroup's rows of a tile and store their lse.
 
     Returns the sums of values and what to divide them by, and the stages after the tile.
     """
-    q_buffer, q_rest_buffer, k_buffer, k_rest_buffer, v_buffer = buffers
-    q_ready, k_ready, v_ready = ready
+    q_buffer, q_rest_buffer, k_buffer, k_rest_buffer, v_buffer, _ = buffers
+    q_ready, k_ready, v_ready, terms_ready = ready
     i_batch, i_head, first, last, span, b_lower, b_upper = rows
     i_stage, parity, i_rows, q_parity = stages
     lse, T, H = results[1], where[3], where[4]
@@ -412,6 +516,9 @@ def _attend_tile(
             True, BLOCK_N,
         )  # fmt: skip
         b_p = gl.convert_layout(b_p.to(dtype), operand)
+        if STAGED:
+            tma.store_wait(0)
+            mbarrier.arrive(terms_ready.index(1), count=1)
         for phase in gl.static_range(2):
             step_start = 1 if phase == 0 else gl.maximum(masked, 1)
             for i_step in range(step_start, masked if phase == 0 else steps):
@@ -447,6 +554,9 @@ def _attend_tile(
         i_stage, parity = next_stage(i_stage, parity, STAGES)
     else:
         mbarrier.arrive(q_ready.index(ROW_STAGES + i_rows), count=1)
+        if STAGED:
+            tma.store_wait(0)
+            mbarrier.arrive(terms_ready.index(1), count=1)
 
     i_rows, q_parity = next_stage(i_rows, q_parity, ROW_STAGES)
     m_empty = running_sum == 0.0
