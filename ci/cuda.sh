@@ -35,6 +35,7 @@ step suite "$python" -m nsa_port conformance --backend cuda --level "${LEVEL:-5}
 step operators "$python" -m pytest -q -n "${JOBS:-8}" -p no:cacheprovider tests/triton_operators.py
 # Small shapes of every kernel: the sanitizer is a hundred times slower.
 small="the_whole_and_its_gradients and (packed or holes or group_of_5)"
+small="$small or programs_of_many_tiles"
 for tool in memcheck racecheck; do
   step "sanitizer-$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 \
     --target-processes all "$python" -m pytest -q -p no:cacheprovider tests/triton_operators.py \

@@ -644,6 +644,42 @@ def test_a_sequence_packed_alone_is_what_it_is_unpacked(needs_grad: bool) -> Non
             torch.testing.assert_close(one[same], other[same], rtol=0.0, atol=atol)
 
 
+ON_HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+OF_MANY_TILES = (
+    "interval_hopper", "interval_backward_hopper", "selection_hopper", "selected_hopper",
+    "selected_by_block_hopper", "selected_merge_hopper",
+)  # fmt: skip
+"""Files of kernels of which a program works on one tile after another."""
+
+
+@pytest.mark.skipif(not ON_HOPPER, reason="for kernels that only Hopper runs")
+@pytest.mark.parametrize("by_block", [False, True])
+def test_programs_of_many_tiles_give_what_programs_of_few_give(
+    by_block: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(
+        "tiles", NSAConfig(), T=1111, S=1111, H=16, HK=1, Dk=128, Dv=128, dtype=torch.bfloat16
+    )
+    x = make_inputs(case)
+    tensors, grad = on_device(*x.tensors()), x.grad.to(DEVICE)
+
+    def run() -> list[Tensor]:
+        whole = kernels.nsa_attention(*tensors, *tail(case), True)
+        return [
+            *whole,
+            *kernels.nsa_attention_backward(grad, *tensors, whole, *tail(case)),
+        ]
+
+    design = {"fewest_queries": 0, "fewest_of_large": 0 if by_block else 9999}
+    with tuned_to({"hopper_by_block": design}):
+        few = run()
+        for name in OF_MANY_TILES:
+            place = f"nsa_port.kernels.triton.{name}.multiprocessors"
+            monkeypatch.setattr(place, lambda device: 2)
+        many = run()
+    assert all(torch.equal(one, other) for one, other in zip(few, many, strict=True))
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter compiles nothing")
 def test_a_new_length_compiles_nothing() -> None:
     from triton import knobs

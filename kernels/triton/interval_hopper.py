@@ -70,8 +70,8 @@ def attend(
     block_n = values["BLOCK_N"]
     row_stages, stages = values["row_stages"], values["num_stages"]
     # Tiles of packed sequences may end in the middle, where the copy engine cannot stop.
-    staged = sum_with is not None and "sum_stages" in values and layout.cu_seqlens is None
-    if staged:
+    staged = "sum_stages" in values and layout.cu_seqlens is None
+    if staged and sum_with is not None:
         block_n, row_stages, stages = values["sum_block_n"], 1, values["sum_stages"]
     terms = (first, second, out, total_out) if staged else (None,) * 4
     queries, heads = queries_and_heads(q, v.shape[2])
@@ -169,8 +169,9 @@ def _hopper_forward_kernel(
 ):
     """One program of as many as the device has multiprocessors: every so manieth tile.
 
-    If `STAGED`, the terms of the gated sum come, and results go, through shared memory.
+    If `STAGED`, results go, and the terms of the gated sum come, through shared memory.
     """
+    SUM: gl.constexpr = gates is not None
     dtype: gl.constexpr = out.dtype.element_ty
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=4)
     rest: gl.constexpr = K_REST if K_REST else K_MAIN
@@ -200,7 +201,7 @@ def _hopper_forward_kernel(
     mbarrier.init(v_ready.index(2 * STAGES), count=1)
     terms, terms_ready = q_buffer, q_ready
     if STAGED:
-        terms = gl.allocate_shared_memory(dtype, [4, 1, 64, 1, V_MAIN], tile)
+        terms = gl.allocate_shared_memory(dtype, [4 if SUM else 2, 1, 64, 1, V_MAIN], tile)
         terms_ready = gl.allocate_shared_memory(gl.int64, [2, 1], counter)
         mbarrier.init(terms_ready.index(0), count=1)
         mbarrier.init(terms_ready.index(1), count=2)
@@ -227,7 +228,7 @@ def _hopper_forward_kernel(
             (
                 _fetch,
                 (q_tiles, k_tiles, v_main, (first_tiles, second_tiles), buffers, ready, where,
-                 K_MAIN, K_REST, V_MAIN, BLOCK_N, STAGES, ROW_STAGES, STAGED, HEADS),
+                 K_MAIN, K_REST, V_MAIN, BLOCK_N, STAGES, ROW_STAGES, STAGED and SUM, HEADS),
             ),
         ],
         [4, 1],
@@ -240,7 +241,7 @@ def _fetch(
     q_tiles, k_tiles, v_main, term_tiles, buffers, ready, where,
     K_MAIN: gl.constexpr, K_REST: gl.constexpr, V_MAIN: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    ROW_STAGES: gl.constexpr, STAGED: gl.constexpr, HEADS: gl.constexpr,
+    ROW_STAGES: gl.constexpr, TERMS: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
     """The fetching warp: fill every buffer as soon as it is free."""
     q_buffer, q_rest_buffer, k_buffer, k_rest_buffer, v_buffer, terms = buffers
@@ -294,7 +295,7 @@ def _fetch(
                     clean_rows(v_buffer.index(i_stage), surplus)
                     mbarrier.arrive(v_ready.index(i_stage), count=1)
             i_stage, parity = next_stage(i_stage, parity, STAGES)
-        if STAGED:
+        if TERMS:
             # Early in a tile its warpgroups see that the last one's results have left.
             mbarrier.wait(terms_ready.index(1), terms_parity)
             terms_parity ^= 1
@@ -389,7 +390,7 @@ def _consume_staged(
     V_MAIN: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     ROW_STAGES: gl.constexpr, HEADS: gl.constexpr,
 ):  # fmt: skip
-    """The same, with the gated sum's terms in shared memory, where results take their places.
+    """The same through shared memory, where the gated sum's terms give results their places.
 
     What depends on memory alone is loaded a tile ahead.
     """
@@ -398,38 +399,51 @@ def _consume_staged(
     dtype: gl.constexpr = terms.dtype
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     by_value: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V_MAIN, 16])
+    SUM: gl.constexpr = gated[2] is not None
     s_first = terms.index(HALF)._reinterpret(dtype, [64, V_MAIN], tile)
-    s_second = terms.index(2 + HALF)._reinterpret(dtype, [64, V_MAIN], tile)
+    if SUM:
+        s_second = terms.index(2 + HALF)._reinterpret(dtype, [64, V_MAIN], tile)
     stages, terms_parity = (0, 0, 0, 0), 0
     i_work = gl.program_id(0)
     next_rows = _look_up(i_work, where, results, HALF, HEADS, BLOCK_N)
-    next_gates = _load_gates(next_rows, gated, by_value)
+    next_gates = (0, 0, 0)
+    if SUM:
+        next_gates = _load_gates(next_rows, gated, by_value)
     while i_work < total:
         rows, b_gates = next_rows, next_gates
         i_work += gl.num_programs(0)
         next_rows = _look_up(
             gl.minimum(i_work, total - 1), where, results, HALF, HEADS, BLOCK_N
         )  # fmt: skip
-        next_gates = _load_gates(next_rows, gated, by_value)
+        if SUM:
+            next_gates = _load_gates(next_rows, gated, by_value)
         accumulator, running_sum, stages = _attend_tile(
             rows, stages, buffers, ready, where, results, scale_log2,
-            HALF, K_MAIN, K_REST, V_MAIN, BLOCK_N, STAGES, ROW_STAGES, True,
+            HALF, K_MAIN, K_REST, V_MAIN, BLOCK_N, STAGES, ROW_STAGES, SUM,
         )  # fmt: skip
         b_out = (accumulator * (1.0 / running_sum)[:, None]).to(dtype)
-        mbarrier.wait(terms_ready.index(0), terms_parity)
-        terms_parity ^= 1
-        b_total = b_gates[0][:, None] * s_first.load(by_value).to(gl.float32)
-        b_total += b_gates[1][:, None] * s_second.load(by_value).to(gl.float32)
-        b_total += b_gates[2][:, None] * b_out.to(gl.float32)
-        s_first.store(b_total.to(dtype))
-        if KEEP:
-            s_second.store(b_out)
-        fence_async_shared()
-        gl.thread_barrier()
         o_tile = [rows[0], rows[2], rows[1], 0]
-        tma.async_copy_shared_to_global(stored[1], o_tile, terms.index(HALF))
-        if KEEP:
-            tma.async_copy_shared_to_global(stored[0], o_tile, terms.index(2 + HALF))
+        if SUM:
+            mbarrier.wait(terms_ready.index(0), terms_parity)
+            terms_parity ^= 1
+            b_total = b_gates[0][:, None] * s_first.load(by_value).to(gl.float32)
+            b_total += b_gates[1][:, None] * s_second.load(by_value).to(gl.float32)
+            b_total += b_gates[2][:, None] * b_out.to(gl.float32)
+            s_first.store(b_total.to(dtype))
+            if KEEP:
+                s_second.store(b_out)
+            fence_async_shared()
+            gl.thread_barrier()
+            tma.async_copy_shared_to_global(stored[1], o_tile, terms.index(HALF))
+            if KEEP:
+                tma.async_copy_shared_to_global(stored[0], o_tile, terms.index(2 + HALF))
+        else:
+            tma.store_wait(0)
+            gl.thread_barrier()
+            s_first.store(b_out)
+            fence_async_shared()
+            gl.thread_barrier()
+            tma.async_copy_shared_to_global(stored[0], o_tile, terms.index(HALF))
     tma.store_wait(0)
 
 
