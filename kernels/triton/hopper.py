@@ -106,6 +106,20 @@ def next_stage(i_stage, parity, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def note(words, i_word, number, WARPS: gl.constexpr):
+    """Write a single number to shared memory."""
+    lanes: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    words.index(i_word).store(gl.full([1], number, words.dtype, lanes))
+
+
+@gluon.jit
+def noted(words, i_word, WARPS: gl.constexpr = 4):
+    """A single number in shared memory."""
+    lanes: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    return gl.max(words.index(i_word).load(lanes), 0)
+
+
+@gluon.jit
 def clean_rows(tile, count):
     """Clear the first `count` rows of a tile in shared memory, before others are told of it.
 

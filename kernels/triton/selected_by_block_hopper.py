@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa_port.kernels.tables import Values
-from nsa_port.kernels.triton.hopper import copy_tile, describe, next_stage
+from nsa_port.kernels.triton.hopper import copy_tile, describe, next_stage, note, noted
 from nsa_port.kernels.triton.host import LOG2_E, cdiv, multiprocessors, split_head, strides
 from nsa_port.kernels.triton.lists import BlockLists
 from nsa_port.kernels.triton.lists_hopper import load_work
@@ -54,8 +54,8 @@ def attend(
     HK, Dv = v.shape[2:]
     n = rows.shape[3]
     key, value = split_head(Dk), split_head(Dv)
-    items = torch.empty((lists.work, 4), dtype=torch.int32, device=q.device)
-    _items_kernel[(cdiv(lists.work, 128),)](
+    items = torch.empty((lists.work + 1, 4), dtype=torch.int32, device=q.device)
+    _items_kernel[(cdiv(lists.work + 1, 128),)](
         rows, lists.entries, lists.starts, lists.counts, lists.segment_ends, lists.work_bins,
         items, lists.work, first_query, T, HK, lists.blocks, lists.bins,
         SLOTS=n, SEGMENT=lists.segment, num_warps=4,
@@ -100,14 +100,16 @@ def _items_kernel(
     """One program: 128 work items, each as four numbers.
 
     These are the block's first key row, the batch and KV head, where the entries start, and how
-    many there are, 0 for surplus items.
+    many there are, 0 for surplus items. Surplus items come last, and there is one at least: its
+    first number, 0, is where items are drawn from.
     """
     o_work = gl.program_id(0) * 128 + gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0]))
-    m_work = o_work < work
+    m_work = o_work <= work
     i_bin, start, count, _ = load_work(
-        gl.where(m_work, o_work, work - 1), starts, counts, segment_ends, work_bins, bins, SEGMENT
+        gl.minimum(o_work, work - 1), starts, counts, segment_ends, work_bins, bins, SEGMENT
     )
-    m_some = count > 0
+    m_some = (count > 0) & (o_work < work)
+    count = gl.where(m_some, count, 0)
     entry = gl.load(entries + start, mask=m_some, other=0)
     i_group = i_bin // blocks
     i_query = first_query + entry // SLOTS
@@ -128,10 +130,10 @@ def _hopper_by_block_kernel(
     SLOTS: gl.constexpr, HEADS: gl.constexpr, K_MAIN: gl.constexpr, K_REST: gl.constexpr,
     V_MAIN: gl.constexpr, STAGES: gl.constexpr, KEY_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One program of as many as the device has multiprocessors: every so manieth work item.
+    """As many programs as the device has multiprocessors; each takes the next item when it can.
 
-    Whatever is left to be gone through by block is seen to the end by all who chose it (`EVEN` of
-    `share_blocks`): nothing is masked.
+    Which program takes which changes nothing. Whatever is left to be gone through by block is seen
+    to the end by all who chose it (`EVEN` of `share_blocks`): nothing is masked.
     """
     dtype: gl.constexpr = partial_out.dtype.element_ty
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -156,7 +158,9 @@ def _hopper_by_block_kernel(
     fence_async_shared()
 
     buffers = (q_buffer, q_rest_buffer, k_buffer, k_rest_buffer, v_buffer)
-    ready = (q_ready, k_ready)
+    # What the keys in a buffer are for.
+    notes = gl.allocate_shared_memory(gl.int32, [3 * KEY_STAGES, 1], counter)
+    ready = (q_ready, k_ready, notes)
     lists = (items, entries, work, queries)
     rows = (q, q_main, q_rest, first_query, HK, G, stride_qb, stride_qt, stride_qh)
     keys = (k_main, k_rest, v_main)
@@ -187,8 +191,24 @@ def _hopper_by_block_kernel(
 @gluon.jit
 def _load_item(items, i_work, work):
     """A work item's first key row, batch and KV head, first entry and number of entries."""
-    p_item = items + gl.minimum(i_work, work - 1) * 4
+    p_item = items + gl.minimum(i_work, work) * 4
     return gl.load(p_item), gl.load(p_item + 1), gl.load(p_item + 2), gl.load(p_item + 3)
+
+
+@gluon.jit
+def _draw(items, work):
+    """The next work item that no program has, beyond the one that each begins with."""
+    return gl.num_programs(0) + gl.atomic_add(items + work * 4, 1, sem="relaxed")
+
+
+@gluon.jit
+def _announce(notes, i_keys, i_group, start, count, HEADS: gl.constexpr):
+    """Say what the keys in a buffer are for."""
+    WARPS: gl.constexpr = 1 if HEADS >= 8 else 4
+    note(notes, i_keys * 3, i_group, WARPS)
+    note(notes, i_keys * 3 + 1, start, WARPS)
+    note(notes, i_keys * 3 + 2, count, WARPS)
+    gl.thread_barrier()
 
 
 @gluon.jit
@@ -218,7 +238,7 @@ def _fetch(
     Numbers that addresses depend on are loaded ahead: entries two tiles, work items two items.
     """
     q_buffer, q_rest_buffer, k_buffer, k_rest_buffer, v_buffer = buffers
-    q_ready, k_ready = ready
+    q_ready, k_ready, notes = ready
     items, entries, work, _ = lists
     q, q_main, q_rest, first_query, HK, G, stride_qb, stride_qt, stride_qh = rows
     k_main, k_rest, v_main = keys
@@ -232,62 +252,62 @@ def _fetch(
         o_entry = gl.arange(0, 64, gl.SliceLayout(1, LANES)) // HEADS
     i_stage, parity, i_keys, keys_parity = 0, 1, 0, 1
     i_row, i_group, start, count = _load_item(items, gl.program_id(0), work)
-    next_row, next_group, next_start, next_count = _load_item(
-        items, gl.program_id(0) + gl.num_programs(0), work
-    )
+    next_row, next_group, next_start, next_count = _load_item(items, _draw(items, work), work)
+    i_last = _draw(items, work)
     listed = _load_entries(entries, start, 0, count, o_entry, SCALARS)
     following = _load_entries(entries, start, QUERIES, count, o_entry, SCALARS)
-    for i_work in range(gl.program_id(0), work, gl.num_programs(0)):
-        last_row, last_group, last_start, last_count = _load_item(
-            items, i_work + 2 * gl.num_programs(0), work
-        )
+    while count > 0:
+        last_row, last_group, last_start, last_count = _load_item(items, i_last, work)
+        i_last = _draw(items, work)
         next_listed = _load_entries(entries, next_start, 0, next_count, o_entry, SCALARS)
         next_following = _load_entries(entries, next_start, QUERIES, next_count, o_entry, SCALARS)
-        if count > 0:
-            i_batch, i_kv = i_group // HK, i_group % HK
-            filled = k_ready.index(i_keys)
-            mbarrier.wait(k_ready.index(KEY_STAGES + i_keys), keys_parity)
-            mbarrier.expect(filled, 2 * 64 * (DIM + V_MAIN))
-            copy_tile(k_main, i_batch, i_row, i_kv, 0, filled, k_buffer.index(i_keys), K_MAIN,
-                      64, 1, 0)  # fmt: skip
-            if K_REST:
-                copy_tile(k_rest, i_batch, i_row, i_kv, K_MAIN, filled,
-                          k_rest_buffer.index(i_keys), K_REST, 64, 1, 0)  # fmt: skip
-            copy_tile(v_main, i_batch, i_row, i_kv, 0, filled, v_buffer.index(i_keys), V_MAIN,
-                      64, 1, 0)  # fmt: skip
-            i_keys, keys_parity = next_stage(i_keys, keys_parity, KEY_STAGES)
-            p_q = q + i_batch.to(gl.int64) * stride_qb + first_query.to(gl.int64) * stride_qt
-            p_q += i_kv * G * stride_qh
-            for i_entry in range(0, count, QUERIES):
-                behind = _load_entries(
-                    entries, start, i_entry + 2 * QUERIES, count, o_entry, SCALARS
-                )
-                filled = q_ready.index(i_stage)
-                mbarrier.wait(q_ready.index(STAGES + i_stage), parity)
-                if HEADS >= 8:
-                    mbarrier.expect(filled, 2 * 64 * DIM)
-                    for i_query in gl.static_range(QUERIES):
-                        i_token = first_query + listed[i_query] // SLOTS
-                        copy_tile(q_main, i_batch, i_token, i_kv * G, 0, filled,
-                                  q_buffer.index(i_stage), K_MAIN, 1, HEADS,
-                                  i_query * HEADS)  # fmt: skip
-                        if K_REST:
-                            copy_tile(q_rest, i_batch, i_token, i_kv * G, K_MAIN, filled,
-                                      q_rest_buffer.index(i_stage), K_REST, 1, HEADS,
-                                      i_query * HEADS)  # fmt: skip
-                else:
-                    _copy_rows(q_buffer.index(i_stage), p_q, listed, stride_qt, stride_qh, G,
-                               SLOTS, HEADS)  # fmt: skip
+        i_batch, i_kv = i_group // HK, i_group % HK
+        filled = k_ready.index(i_keys)
+        mbarrier.wait(k_ready.index(KEY_STAGES + i_keys), keys_parity)
+        _announce(notes, i_keys, i_group, start, count, HEADS)
+        mbarrier.expect(filled, 2 * 64 * (DIM + V_MAIN))
+        copy_tile(k_main, i_batch, i_row, i_kv, 0, filled, k_buffer.index(i_keys), K_MAIN,
+                  64, 1, 0)  # fmt: skip
+        if K_REST:
+            copy_tile(k_rest, i_batch, i_row, i_kv, K_MAIN, filled,
+                      k_rest_buffer.index(i_keys), K_REST, 64, 1, 0)  # fmt: skip
+        copy_tile(v_main, i_batch, i_row, i_kv, 0, filled, v_buffer.index(i_keys), V_MAIN,
+                  64, 1, 0)  # fmt: skip
+        i_keys, keys_parity = next_stage(i_keys, keys_parity, KEY_STAGES)
+        p_q = q + i_batch.to(gl.int64) * stride_qb + first_query.to(gl.int64) * stride_qt
+        p_q += i_kv * G * stride_qh
+        for i_entry in range(0, count, QUERIES):
+            behind = _load_entries(entries, start, i_entry + 2 * QUERIES, count, o_entry, SCALARS)
+            filled = q_ready.index(i_stage)
+            mbarrier.wait(q_ready.index(STAGES + i_stage), parity)
+            if HEADS >= 8:
+                mbarrier.expect(filled, 2 * 64 * DIM)
+                for i_query in gl.static_range(QUERIES):
+                    i_token = first_query + listed[i_query] // SLOTS
+                    copy_tile(q_main, i_batch, i_token, i_kv * G, 0, filled,
+                              q_buffer.index(i_stage), K_MAIN, 1, HEADS,
+                              i_query * HEADS)  # fmt: skip
                     if K_REST:
-                        b_entry = gl.convert_layout(listed, gl.SliceLayout(1, REST_LANES))
-                        _copy_rows(q_rest_buffer.index(i_stage), p_q + K_MAIN, b_entry, stride_qt,
-                                   stride_qh, G, SLOTS, HEADS)  # fmt: skip
-                    async_copy.mbarrier_arrive(filled, increment_count=False)
-                i_stage, parity = next_stage(i_stage, parity, STAGES)
-                listed, following = following, behind
+                        copy_tile(q_rest, i_batch, i_token, i_kv * G, K_MAIN, filled,
+                                  q_rest_buffer.index(i_stage), K_REST, 1, HEADS,
+                                  i_query * HEADS)  # fmt: skip
+            else:
+                _copy_rows(q_buffer.index(i_stage), p_q, listed, stride_qt, stride_qh, G,
+                           SLOTS, HEADS)  # fmt: skip
+                if K_REST:
+                    b_entry = gl.convert_layout(listed, gl.SliceLayout(1, REST_LANES))
+                    _copy_rows(q_rest_buffer.index(i_stage), p_q + K_MAIN, b_entry, stride_qt,
+                               stride_qh, G, SLOTS, HEADS)  # fmt: skip
+                async_copy.mbarrier_arrive(filled, increment_count=False)
+            i_stage, parity = next_stage(i_stage, parity, STAGES)
+            listed, following = following, behind
         i_row, i_group, start, count = next_row, next_group, next_start, next_count
         next_row, next_group, next_start, next_count = last_row, last_group, last_start, last_count
         listed, following = next_listed, next_following
+    # The end is announced as an item too.
+    mbarrier.wait(k_ready.index(KEY_STAGES + i_keys), keys_parity)
+    _announce(notes, i_keys, i_group, start, 0, HEADS)
+    mbarrier.arrive(k_ready.index(i_keys), count=1)
 
 
 @constexpr_function
@@ -316,8 +336,8 @@ def _consume(
 ):  # fmt: skip
     """A multiplying warpgroup: every second tile of all that the program works on."""
     q_buffer, q_rest_buffer, k_buffer, k_rest_buffer, v_buffer = buffers
-    q_ready, k_ready = ready
-    items, entries, work, queries = lists
+    q_ready, k_ready, notes = ready
+    _items, entries, _work, queries = lists
     partial_out, partial_lse, scale_log2 = results
     dtype: gl.constexpr = q_buffer.dtype
     QUERIES: gl.constexpr = 64 // HEADS
@@ -329,21 +349,20 @@ def _consume(
     o_row = gl.arange(0, 64, row)
     o_query = gl.arange(0, QUERIES, gl.SliceLayout(1, LAYOUT))
     o_inside = gl.arange(0, HEADS * V_MAIN, gl.SliceLayout(0, LAYOUT))
-    p_item = items + gl.program_id(0) * 4
-    i_group, start, count = gl.load(p_item + 1), gl.load(p_item + 2), gl.load(p_item + 3)
     # Tiles of the items before.
     done = 0
-    for i_work in range(gl.program_id(0), work, gl.num_programs(0)):
-        p_item = items + gl.minimum(i_work + gl.num_programs(0), work - 1) * 4
-        next_group, next_start = gl.load(p_item + 1), gl.load(p_item + 2)
-        next_count = gl.load(p_item + 3)
-        if count > 0:
+    searching = True
+    while searching:
+        mbarrier.wait(k_ready.index(i_keys), keys_parity)
+        i_group, start = noted(notes, i_keys * 3), noted(notes, i_keys * 3 + 1)
+        count = noted(notes, i_keys * 3 + 2)
+        searching = count > 0
+        if searching:
             p_entries = entries + start
             i_first = i_group.to(gl.int64) * queries * SLOTS
             p_out = partial_out + i_first * (HEADS * V_MAIN)
             p_lse = partial_lse + i_first * HEADS
             tiles = gl.cdiv(count, QUERIES)
-            mbarrier.wait(k_ready.index(i_keys), keys_parity)
             b_k = k_buffer.index(i_keys).permute((1, 0))
             b_k_rest = k_rest_buffer.index(i_keys).permute((1, 0))
             b_v = v_buffer.index(i_keys)
@@ -389,4 +408,3 @@ def _consume(
             mbarrier.arrive(k_ready.index(KEY_STAGES + i_keys), count=1)
             i_keys, keys_parity = next_stage(i_keys, keys_parity, KEY_STAGES)
         done += gl.cdiv(count, QUERIES)
-        i_group, start, count = next_group, next_start, next_count

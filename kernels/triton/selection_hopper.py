@@ -22,7 +22,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa_port.kernels.tables import Values
 from nsa_port.kernels.triton.bounds import QueryBounds, Tiles
-from nsa_port.kernels.triton.hopper import describe, next_stage
+from nsa_port.kernels.triton.hopper import describe, next_stage, note, noted
 from nsa_port.kernels.triton.host import LOG2_E, cdiv, multiprocessors, split_head
 
 BLOCK_M = 64
@@ -255,31 +255,23 @@ def _announce(notes, i_note, where, i_tile, first, count, i_batch, i_kv, base, i
     stride_bounds = where[4]
     T, B, HK, G, columns = where[7:]
     fields, offsets = notes
-    lanes: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     o_note = i_note * _FIELDS
-    fields.index(o_note).store(gl.full([1], i_tile, gl.int32, lanes))
-    fields.index(o_note + 1).store(gl.full([1], first, gl.int32, lanes))
-    fields.index(o_note + 2).store(gl.full([1], count, gl.int32, lanes))
-    fields.index(o_note + 3).store(gl.full([1], i_batch, gl.int32, lanes))
-    fields.index(o_note + 4).store(gl.full([1], i_kv * G, gl.int32, lanes))
-    fields.index(o_note + 5).store(gl.full([1], base, gl.int32, lanes))
-    fields.index(o_note + 6).store(gl.full([1], i_key_tile, gl.int32, lanes))
-    fields.index(o_note + 7).store(gl.full([1], full, gl.int32, lanes))
+    note(fields, o_note, i_tile, 1)
+    note(fields, o_note + 1, first, 1)
+    note(fields, o_note + 2, count, 1)
+    note(fields, o_note + 3, i_batch, 1)
+    note(fields, o_note + 4, i_kv * G, 1)
+    note(fields, o_note + 5, base, 1)
+    note(fields, o_note + 6, i_key_tile, 1)
+    note(fields, o_note + 7, full, 1)
     i_batch = i_batch.to(gl.int64)
     o_lse = ((i_batch * T + first) * HK + i_kv) * G
     o_scores = ((i_tile.to(gl.int64) * 64 * B + i_batch) * HK + i_kv) * columns
     o_note = i_note * _OFFSETS
-    offsets.index(o_note).store(gl.full([1], o_lse, gl.int64, lanes))
-    offsets.index(o_note + 1).store(gl.full([1], o_scores, gl.int64, lanes))
-    offsets.index(o_note + 2).store(gl.full([1], i_batch * stride_bounds + first, gl.int64, lanes))
+    note(offsets, o_note, o_lse, 1)
+    note(offsets, o_note + 1, o_scores, 1)
+    note(offsets, o_note + 2, i_batch * stride_bounds + first, 1)
     gl.thread_barrier()
-
-
-@gluon.jit
-def _noted(words, i_word, WARPS: gl.constexpr = 4):
-    """A single number in shared memory."""
-    lanes: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    return gl.max(words.index(i_word).load(lanes), 0)
 
 
 @gluon.jit
@@ -344,9 +336,9 @@ def _fetch_queries(
     while searching:
         mbarrier.wait(k_ready.index(i_slot), key_parity)
         o_note = ((key_parity ^ 1) * KEY_STAGES + i_slot) * _FIELDS
-        searching = _noted(fields, o_note, 1) >= 0
-        first, i_batch = _noted(fields, o_note + 1, 1), _noted(fields, o_note + 3, 1)
-        i_head = _noted(fields, o_note + 4, 1)
+        searching = noted(fields, o_note, 1) >= 0
+        first, i_batch = noted(fields, o_note + 1, 1), noted(fields, o_note + 3, 1)
+        i_head = noted(fields, o_note + 4, 1)
         # Both warpgroups take the first product of what follows before they see that it is the end.
         for i_member in range(gl.where(searching, G, 2)):
             filled = q_ready.index(i_stage)
@@ -397,8 +389,8 @@ def _rows_of(notes, i_note, rows):
     fields, offsets = notes
     by_key: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     o_row = gl.arange(0, 64, gl.SliceLayout(1, by_key))
-    p_lse = lse + _noted(offsets, i_note * _OFFSETS) + o_row * H
-    return p_lse, o_row < _noted(fields, i_note * _FIELDS + 2)
+    p_lse = lse + noted(offsets, i_note * _OFFSETS) + o_row * H
+    return p_lse, o_row < noted(fields, i_note * _FIELDS + 2)
 
 
 @gluon.jit
@@ -423,7 +415,7 @@ def _consume(
     i_stage, parity, i_slot, key_parity = 0, 0, HALF, 0
     mbarrier.wait(k_ready.index(i_slot), key_parity)
     i_note = (key_parity ^ 1) * KEY_STAGES + i_slot
-    i_tile = _noted(notes[0], i_note * _FIELDS)
+    i_tile = noted(notes[0], i_note * _FIELDS)
     p_lse, m_row = _rows_of(notes, i_note, rows)
     b_lse = gl.load(p_lse, mask=m_row, other=0.0)
     mbarrier.wait(q_ready.index(i_stage), parity)
@@ -438,7 +430,7 @@ def _consume(
             b_lse_odd = gl.load(p_lse + 1, mask=m_row, other=0.0)
             product = _product(buffers, i_stage, i_slot, K_MAIN, K_REST)
             mbarrier.wait(q_ready.index(i_stage), parity)
-            scale_log2 = _noted(scale, 0)
+            scale_log2 = noted(scale, 0)
             b_p += gl.exp2(even * scale_log2 - (b_lse * log2_e)[:, None])
             i_before = i_stage
             i_stage, parity = next_stage(i_stage, parity, STAGES)
@@ -449,7 +441,7 @@ def _consume(
             b_lse = gl.load(p_lse, mask=m_row, other=0.0)
             product = _product(buffers, i_stage, i_slot, K_MAIN, K_REST)
             mbarrier.wait(q_ready.index(i_stage), parity)
-            scale_log2 = _noted(scale, 0)
+            scale_log2 = noted(scale, 0)
             b_p += gl.exp2(odd * scale_log2 - (b_lse_odd * log2_e)[:, None])
             i_before = i_stage
             i_stage, parity = next_stage(i_stage, parity, STAGES)
@@ -462,11 +454,11 @@ def _consume(
         i_stage, parity = next_stage(i_stage, parity, STAGES)
         i_slot, key_parity = _second_next(i_slot, key_parity, KEY_STAGES)
         mbarrier.wait(q_ready.index(i_before), parity_before)
-        scale_log2 = _noted(scale, 0)
+        scale_log2 = noted(scale, 0)
         b_p += gl.exp2(even * scale_log2 - (b_lse * log2_e)[:, None])
         mbarrier.wait(k_ready.index(i_slot), key_parity)
         i_own_note, i_note = i_note, (key_parity ^ 1) * KEY_STAGES + i_slot
-        i_tile = _noted(notes[0], i_note * _FIELDS)
+        i_tile = noted(notes[0], i_note * _FIELDS)
         p_lse, m_row = _rows_of(notes, i_note, rows)
         b_lse = gl.load(p_lse, mask=m_row, other=0.0)
         mbarrier.wait(q_ready.index(i_stage), parity)
@@ -475,7 +467,7 @@ def _consume(
         mbarrier.arrive(k_ready.index(KEY_STAGES + i_slot_before), count=1)
         product = _product(buffers, i_stage, i_slot, K_MAIN, K_REST)
         mbarrier.wait(q_ready.index(i_stage), parity)
-        scale_log2 = _noted(scale, 0)
+        scale_log2 = noted(scale, 0)
         b_p += gl.exp2(odd * scale_log2 - (b_lse_odd * log2_e)[:, None])
         i_before = i_stage
         i_stage, parity = next_stage(i_stage, parity, STAGES)
@@ -502,17 +494,17 @@ def _store(
     fields, offsets = notes
     o_field, o_offset = i_note * _FIELDS, i_note * _OFFSETS
     by_key: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
-    count, i_column = _noted(fields, o_field + 2), _noted(fields, o_field + 6) * 128
+    count, i_column = noted(fields, o_field + 2), noted(fields, o_field + 6) * 128
     o_column = i_column + gl.arange(0, 128, gl.SliceLayout(0, by_key))
-    if _noted(fields, o_field + 7) == 0:
+    if noted(fields, o_field + 7) == 0:
         o_row = gl.arange(0, 64, gl.SliceLayout(1, by_key))
-        p_upper = upper + _noted(offsets, o_offset + 2) + o_row
-        b_seen = gl.load(p_upper, mask=o_row < count, other=0) - _noted(fields, o_field + 5)
+        p_upper = upper + noted(offsets, o_offset + 2) + o_row
+        b_seen = gl.load(p_upper, mask=o_row < count, other=0) - noted(fields, o_field + 5)
         b_p = gl.where(o_column[None, :] < b_seen[:, None], b_p, 0.0)
     columns = gl.multiple_of(columns, ALIGNED)
-    p_out = scores + gl.multiple_of(_noted(offsets, o_offset + 1), ALIGNED)
+    p_out = scores + gl.multiple_of(noted(offsets, o_offset + 1), ALIGNED)
     # From shared memory, so that no product with it is kept in registers throughout.
-    stride = gl.multiple_of(_noted(row_stride, 0), ALIGNED)
+    stride = gl.multiple_of(noted(row_stride, 0), ALIGNED)
     if FOLDED:
         BLOCKS: gl.constexpr = 128 // PER_SELECT
         # Key i overlaps its own block by min(l / d, m / d - i), the next by the rest of l / d.
