@@ -18,7 +18,7 @@ from nsa_port.kernels.geometry import Layout, NSAConfig
 from nsa_port.kernels.tables import shipped_table, tuned_to, values_of
 from nsa_port.tune.candidates import KERNELS
 from nsa_port.tune.compile_only import SHARED_MEMORY, compiling_for
-from nsa_port.tune.machine_code import reads_before_writes
+from nsa_port.tune.machine_code import early_signals, reads_before_writes
 
 CONFIG = NSAConfig()
 FUNCTIONS = {name: kernel.function for name, kernel in KERNELS.items() if kernel.cuda}
@@ -112,6 +112,7 @@ def test_every_tuned_entry_fits_its_architecture(
     assert build.num_warps == row["num_warps"] + on_hopper * WORKERS.get(kernel, 8)
     if table == "sm_90":  # where ptxas is known to lose what sets a descriptor of wgmma
         assert not reads_before_writes(build.binary)
+        assert not early_signals(build.assembly)
         assert build.uses_wgmma == ("exact_dims" in row), "wgmma where it should be, only there"
 
 
@@ -124,7 +125,7 @@ def test_small_groups_fit_hopper_by_block(kernel: str, dims: tuple[int, int], gr
     (build,) = builds
     assert build.shared <= SHARED_MEMORY["sm_90"]
     assert build.stack <= A_FEW_SCALARS
-    assert not reads_before_writes(build.binary)
+    assert not reads_before_writes(build.binary) and not early_signals(build.assembly)
 
 
 @pytest.mark.parametrize("group", [1, 4, 8, 32])
@@ -133,7 +134,8 @@ def test_gradients_of_other_groups_fit_hopper(group: int, dims: tuple[int, int])
     with compiling_for("sm_90", only=FUNCTIONS["selected_backward"]) as builds:
         launch("selected_backward", *dims, torch.bfloat16, G=group)
     (build,) = builds
-    assert build.stack <= A_FEW_SCALARS and not reads_before_writes(build.binary)
+    assert build.stack <= A_FEW_SCALARS
+    assert not reads_before_writes(build.binary) and not early_signals(build.assembly)
 
 
 @pytest.mark.parametrize("kernel", ["hopper_forward", "hopper_dq", "hopper_dkdv"])
@@ -144,7 +146,8 @@ def test_packed_sequences_fit_hopper(kernel: str, dims: tuple[int, int]) -> None
     (build,) = builds
     assert build.shared <= SHARED_MEMORY["sm_90"]
     # To clear rows, which few tiles need, the fetching warp has 24 registers.
-    assert build.stack <= A_FEW_SCALARS + 8 and not reads_before_writes(build.binary)
+    assert build.stack <= A_FEW_SCALARS + 8
+    assert not reads_before_writes(build.binary) and not early_signals(build.assembly)
 
 
 @pytest.mark.parametrize("needs_grad", [True, False])
@@ -160,7 +163,15 @@ def test_the_gated_sum_fits_hopper(dims: tuple[int, int], group: int, needs_grad
         kernels.nsa_attention(q, k_cmp, v_cmp, k, v, k, v, gates, *tail)
     for build in builds:
         assert build.shared <= SHARED_MEMORY["sm_90"]
-        assert build.stack <= A_FEW_SCALARS and not reads_before_writes(build.binary)
+        assert build.stack <= A_FEW_SCALARS
+        assert not reads_before_writes(build.binary) and not early_signals(build.assembly)
+
+
+def test_an_arrival_right_after_an_access_is_found() -> None:
+    access, arrival = "\tld.shared.b32 %r1, [%r2];", "\tmbarrier.arrive.shared::cta.b64 _, [%r3];"
+    assert early_signals(f"{access}\n{arrival}") == [arrival.strip()]
+    assert not early_signals(f"{access}\n\tbar.sync 1, 128;\n{arrival}")
+    assert not early_signals(f"{access}\n\tcp.async.{arrival.strip()}")
 
 
 ODD_DIMENSIONS = [(35, 35), (40, 24), (80, 96)]

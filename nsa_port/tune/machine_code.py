@@ -14,6 +14,9 @@ _LABEL = re.compile(r"(\.L_x_\d+):")
 _INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(.*?)\s*;")
 _TARGET = re.compile(r"BRA\S*.*`\((\.L_x_\d+)\)")
 _UNIFORM = re.compile(r"(?<!\w)UR(\d+)")
+_BARRIER = re.compile(r"\bbar\.(?:sync|warp\.sync)|\bbarrier\.sync")
+_ACCESS = re.compile(r"\b(?:ld|st)\.shared|\b(?:ld|st)matrix")
+_ARRIVAL = re.compile(r"(?<!async\.)\bmbarrier\.arrive")
 _WRITING = frozenset(
     (
         *(
@@ -69,6 +72,23 @@ def reads_before_writes(cubin: bytes) -> list[str]:
         for text, known, (_, read) in zip(instructions, written, effects, strict=True)
         if known is not None and read - known
     ]
+
+
+def early_signals(ptx: str) -> list[str]:
+    """Arrivals at an mbarrier with no barrier since the last access to shared memory.
+
+    One thread arrives for all of its warps, and says that all of them are done. Looks at the
+    instructions in the order of the text. Arrivals of single threads' copies are none of these.
+    """
+    found, accessed = [], False
+    for line in ptx.splitlines():
+        if _BARRIER.search(line):
+            accessed = False
+        elif _ACCESS.search(line):
+            accessed = True
+        elif accessed and _ARRIVAL.search(line):
+            found.append(line.strip())
+    return found
 
 
 def _run(tool: str, option: str, cubin: bytes) -> str:
