@@ -133,6 +133,30 @@ def _median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
+def batch_and_singles(batch: Call, single: Call, repeats: int) -> dict[str, float]:
+    """A batch, and as many calls of one sequence; in turn, so that the GPU's clock is the same."""
+    for call in (batch, single):
+        call.backward(call.forward())
+    totals = []
+    for _ in range(repeats):
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * batch.batch + 3)]
+        marks[0].record()
+        for i in range(batch.batch + 1):
+            call = single if i < batch.batch else batch
+            out = call.forward()
+            marks[2 * i + 1].record()
+            call.backward(out)
+            marks[2 * i + 2].record()
+        torch.cuda.synchronize()
+        times = [first.elapsed_time(second) for first, second in pairwise(marks)]
+        totals.append((times[-2], times[-1], sum(times[0:-2:2]), sum(times[1:-2:2])))
+    names = ("forward_ms", "backward_ms", "singles_forward_ms", "singles_backward_ms")
+    return {
+        name: round(_median(list(values)), 3)
+        for name, values in zip(names, zip(*totals, strict=True), strict=True)
+    }
+
+
 def dense(T: int, batch: int, repeats: int) -> dict[str, float]:
     """Forward and backward of causal dense attention in A2's shape, cuDNN's."""
     shape = Shape.of(T, SHAPES["A2"], batch=batch, dtype="bfloat16", device="cuda")
@@ -228,7 +252,9 @@ def measure(repeats: int, keep: Callable[[list[dict[str, Any]]], None]) -> None:
                 add("correlated", Call(shape, T, correlated=True))
     for shape in ("G1", "G64"):
         add("group", Call(shape, 16384))
-    add("batch of 8", Call("A2", 8192, batch=8))
+    calls = Call("A2", 8192, batch=8), Call("A2", 8192)
+    note({"what": "batch of 8", "T": 8192, **batch_and_singles(*calls, repeats)})
+    del calls
     mixed = (1, 63, 700, 4097, 8192, 2500, 12000, 5215)
     add("packed", Call("A2", sum(mixed), lengths=mixed))
     add("unpacked", Call("A2", sum(mixed)))

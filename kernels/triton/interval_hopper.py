@@ -406,17 +406,14 @@ def _consume_staged(
     stages, terms_parity = (0, 0, 0, 0), 0
     i_work = gl.program_id(0)
     next_rows = _look_up(i_work, where, results, HALF, HEADS, BLOCK_N)
-    next_gates = (0, 0, 0)
-    if SUM:
-        next_gates = _load_gates(next_rows, gated, by_value)
+    next_gates = _load_gates(next_rows, gated, by_value)
     while i_work < total:
         rows, b_gates = next_rows, next_gates
         i_work += gl.num_programs(0)
         next_rows = _look_up(
             gl.minimum(i_work, total - 1), where, results, HALF, HEADS, BLOCK_N
         )  # fmt: skip
-        if SUM:
-            next_gates = _load_gates(next_rows, gated, by_value)
+        next_gates = _load_gates(next_rows, gated, by_value)
         accumulator, running_sum, stages = _attend_tile(
             rows, stages, buffers, ready, where, results, scale_log2,
             HALF, K_MAIN, K_REST, V_MAIN, BLOCK_N, STAGES, ROW_STAGES, SUM,
@@ -438,6 +435,7 @@ def _consume_staged(
             if KEEP:
                 tma.async_copy_shared_to_global(stored[0], o_tile, terms.index(2 + HALF))
         else:
+            # Until the last tile's result has left.
             tma.store_wait(0)
             gl.thread_barrier()
             s_first.store(b_out)
@@ -475,18 +473,21 @@ def _look_up(
 
 @gluon.jit
 def _load_gates(rows, gated, LAYOUT: gl.constexpr):
-    """The three gates of each row."""
+    """The three gates of each row; nothing where there is no gated sum."""
     i_batch, i_head, first, last = rows[0], rows[1], rows[2], rows[3]
     _, _, gates, _, stride_b, stride_t, stride_h, stride_g = gated
-    o_query = first + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
-    p_gate = gates + i_batch.to(gl.int64) * stride_b + o_query.to(gl.int64) * stride_t
-    p_gate += i_head.to(gl.int64) * stride_h
-    m_row = o_query < last
-    return (
-        gl.load(p_gate, mask=m_row, other=0.0).to(gl.float32),
-        gl.load(p_gate + stride_g, mask=m_row, other=0.0).to(gl.float32),
-        gl.load(p_gate + 2 * stride_g, mask=m_row, other=0.0).to(gl.float32),
-    )
+    if gates is None:
+        return 0, 0, 0
+    else:
+        o_query = first + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+        p_gate = gates + i_batch.to(gl.int64) * stride_b + o_query.to(gl.int64) * stride_t
+        p_gate += i_head.to(gl.int64) * stride_h
+        m_row = o_query < last
+        return (
+            gl.load(p_gate, mask=m_row, other=0.0).to(gl.float32),
+            gl.load(p_gate + stride_g, mask=m_row, other=0.0).to(gl.float32),
+            gl.load(p_gate + 2 * stride_g, mask=m_row, other=0.0).to(gl.float32),
+        )
 
 
 @gluon.jit
