@@ -680,6 +680,27 @@ def test_programs_of_many_tiles_give_what_programs_of_few_give(
     assert all(torch.equal(one, other) for one, other in zip(few, many, strict=True))
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="nothing is launched on a CPU")
+@pytest.mark.parametrize("T", [300, 1500, 9000])
+@pytest.mark.parametrize("group", [4, 16])
+def test_calls_that_come_again_give_the_same(T: int, group: int) -> None:
+    """From the third on, launches are repeated with other addresses, some of them known ones."""
+    sizes = {"T": T, "S": T, "H": 2 * group, "HK": 2, "Dk": 128, "Dv": 128}
+    case = Case("again", NSAConfig(), dtype=torch.bfloat16, **sizes)
+    x = make_inputs(case)
+    originals = on_device(x.grad, *x.tensors())
+    copies = [tensor.clone() for tensor in originals]
+
+    def run(grad: Tensor, *tensors: Tensor) -> list[Tensor]:
+        whole = kernels.nsa_attention(*tensors, *tail(case), True)
+        gradients = kernels.nsa_attention_backward(grad, *tensors, whole, *tail(case))
+        return [*whole, *gradients]
+
+    first, *later = (run(*tensors) for tensors in 3 * [originals, copies])
+    for found in later:
+        assert all(torch.equal(one, other) for one, other in zip(first, found, strict=True))
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter compiles nothing")
 def test_a_new_length_compiles_nothing() -> None:
     from triton import knobs
