@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +14,6 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 import triton
-from triton.backends.nvidia.driver import wrap_handle_tensordesc
 
 from nsa_port.kernels import triton as kernels
 from nsa_port.kernels.geometry import Layout, NSAConfig
@@ -34,30 +33,11 @@ class Launcher:
 
     launched: list[tuple[Any, ...]] = []  # noqa: RUF012 (one for all kernels)
 
-    global_scratch_size = profile_scratch_size = 0
-    launch_cooperative_grid = launch_pdl = False
-
     def __init__(self, source: Any, metadata: Any) -> None:
         self.name = metadata.name
-        self.launch = wrap_handle_tensordesc(self.note, source.signature, metadata.tensordesc_meta)
 
     def __call__(self, x: int, y: int, z: int, *arguments: Any) -> None:
-        stream, function, *others = arguments
-        self.launch(x, y, z, stream, function, False, False, None, None, *others)
-
-    def note(self, x: int, y: int, z: int, *arguments: Any) -> None:
-        Launcher.launched.append((self.name, (x, y, z), *arguments[10:]))
-
-
-class TensorMap(NamedTuple):
-    """What stands for an encoded tensor descriptor."""
-
-    address: int
-    others: tuple[Any, ...]
-
-
-def encode(address: int, *others: Any) -> TensorMap:
-    return TensorMap(address, tuple(map(str, others)))
+        Launcher.launched.append((self.name, (x, y, z), *arguments[6:]))
 
 
 @pytest.fixture(autouse=True)
@@ -66,8 +46,6 @@ def repeating(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(compile_only.CompileOnlyDriver, "launcher_cls", Launcher)
     replay._plans.clear()
     with compile_only.compiling_for("sm_90"):
-        utils = triton.runtime.driver.active.utils
-        monkeypatch.setattr(utils, "fill_tma_descriptor", encode, raising=False)
         yield
     replay._plans.clear()
 
@@ -107,8 +85,8 @@ def pattern() -> list[Any]:
     def plain(argument: Any) -> Any:
         if isinstance(argument, Tensor):
             return numbered(argument.data_ptr())
-        if isinstance(argument, TensorMap):
-            return argument.others, numbered(argument.address)
+        if hasattr(argument, "base"):
+            return (*argument.shape, *argument.strides, numbered(argument.base.data_ptr()))
         # Addresses are far above any size.
         big = isinstance(argument, int) and argument > 2**40
         return numbered(argument) if big else argument
@@ -146,7 +124,7 @@ def test_results_and_inputs_are_where_the_kernels_write_and_read() -> None:
         result = forward(tensors)
         touched = {a for launch in Launcher.launched for a in launch if isinstance(a, int)}
         for launch in Launcher.launched:
-            touched |= {a.address for a in launch if isinstance(a, TensorMap)}
+            touched |= {a.base.data_ptr() for a in launch if hasattr(a, "base")}
             touched |= {a.data_ptr() for a in launch if isinstance(a, Tensor)}
         assert {x.data_ptr() for x in (*tensors, *result)} <= touched
 

@@ -18,7 +18,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from inspect import getclosurevars
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +37,6 @@ _MOST_ELEMENTS = 2**27
 time does not matter; and a repeated call holds all of its temporary memory from start to end."""
 
 _MOST_CALLS = 256
-_MOST_ADDRESSES = 64
 _ALIGNMENT = 256
 
 
@@ -120,13 +118,14 @@ class _Unrepeatable(Exception):
     """The call did something that cannot be repeated."""
 
 
-class _Description(NamedTuple):
-    """What Triton reads of a tensor descriptor, with an address in place of its tensor."""
+@dataclass(slots=True)
+class _Description:
+    """What a launch reads of a tensor descriptor, with an address in place of its tensor."""
 
     shape: Sequence[int]
     strides: Sequence[int]
     padding: str
-    address: int
+    address: int = 0
 
     @property
     def base(self) -> _Description:
@@ -136,54 +135,27 @@ class _Description(NamedTuple):
         return self.address
 
 
-class _TensorMaps:
-    """A launch's tensor descriptor as the copy engine takes it, by the address of its tensor.
-
-    To encode one takes several microseconds, and addresses come again.
-    """
-
-    def __init__(self, descriptor: Any, metadata: dict[str, Any] | None) -> None:
-        self._like = (descriptor.shape, descriptor.strides, descriptor.padding)
-        self._metadata = metadata
-        self._known: dict[int, Any] = {}
-
-    def at(self, address: int) -> Any:
-        found = self._known.get(address)
-        if found is None:
-            if len(self._known) >= _MOST_ADDRESSES:
-                self._known.clear()
-            found = self._known[address] = self.arguments(address)[0]
-        return found
-
-    def arguments(self, address: int) -> list[Any]:
-        """What it is to a kernel: the map, then its sizes and strides."""
-        from triton.backends.nvidia.driver import make_tensordesc_arg
-
-        return make_tensordesc_arg(_Description(*self._like, address), self._metadata)
-
-
 class _Launch(NamedTuple):
-    """One launch: everything but the addresses, and which arguments those are.
+    """One launch: everything but the addresses, and which arguments those are."""
 
-    `launcher` is what Triton's own calls once it has encoded the tensor descriptors, `options` its
-    arguments between the function and the kernel's.
-    """
-
-    launcher: Callable[..., Any]
+    kernel: Any
     grid: tuple[int, int, int]
-    function: Any
-    options: tuple[Any, ...]
     arguments: list[Any]
     pointers: list[tuple[int, _Place]]
-    descriptors: list[tuple[int, _TensorMaps, _Place]]
+    descriptors: list[tuple[int, _Description, _Place]]
 
     def run(self, stream: int, starts: Sequence[int]) -> None:
         arguments = self.arguments.copy()
         for index, (piece, offset) in self.pointers:
             arguments[index] = starts[piece] + offset
-        for index, maps, (piece, offset) in self.descriptors:
-            arguments[index] = maps.at(starts[piece] + offset)
-        self.launcher(*self.grid, stream, self.function, *self.options, *arguments)
+        for index, like, (piece, offset) in self.descriptors:
+            address = starts[piece] + offset
+            arguments[index] = _Description(like.shape, like.strides, like.padding, address)
+        kernel = self.kernel
+        kernel.run(
+            *self.grid, stream, kernel.function, kernel.packed_metadata, None, None, None,
+            *arguments,
+        )  # fmt: skip
 
 
 class _Plan(NamedTuple):
@@ -331,42 +303,23 @@ def _in_order(kernel: JITFunction, args: tuple, options: dict[str, Any]) -> list
 
 
 def _launch(
-    kernel: Any, grid: tuple[int, ...], noted: list[Any], pieces: list[tuple[_Memory, _Place]]
+    kernel: Any, grid: tuple[int, ...], arguments: list[Any], pieces: list[tuple[_Memory, _Place]]
 ) -> _Launch:
-    run = kernel.run
-    if callable(grid) or run.global_scratch_size or run.profile_scratch_size:
-        raise _Unrepeatable("a grid that is not simple, or memory of the launcher's own")
-    launcher, described = run.launch, kernel.metadata.tensordesc_meta or []
-    if any(hasattr(argument, "block_shape") for argument in noted):
-        launcher = getclosurevars(launcher).nonlocals.get("launcher")
-    if launcher is None:
-        raise _Unrepeatable("a launcher that is not known here")
-    arguments: list[Any] = []
-    pointers: list[tuple[int, _Place]] = []
-    descriptors: list[tuple[int, _TensorMaps, _Place]] = []
-    for argument in noted:
-        index = len(arguments)
+    pointers, descriptors = [], []
+    arguments = list(arguments)
+    for index, argument in enumerate(arguments):
         if isinstance(argument, Tensor):
-            address = argument.data_ptr()
-            arguments.append(address)
+            address = arguments[index] = argument.data_ptr()
             if address:
                 pointers.append((index, _place_of(address, pieces)))
         elif hasattr(argument, "block_shape"):
-            metadata = described[len(descriptors)] if described else None
-            maps, address = _TensorMaps(argument, metadata), argument.base.data_ptr()
-            arguments += maps.arguments(address)
-            descriptors.append((index, maps, _place_of(address, pieces)))
-        elif isinstance(argument, tuple | list):
+            like = _Description(argument.shape, argument.strides, argument.padding)
+            descriptors.append((index, like, _place_of(argument.base.data_ptr(), pieces)))
+            arguments[index] = None
+        elif isinstance(argument, tuple | list) or callable(grid):
             raise _Unrepeatable("arguments that are not simple")
-        else:
-            arguments.append(argument)
     x, y, z = (*grid, 1, 1)[:3]
-    options = (
-        run.launch_cooperative_grid, run.launch_pdl, None, None, kernel.packed_metadata, None, None,
-        None,
-    )  # fmt: skip
-    where = (arguments, pointers, descriptors)
-    return _Launch(launcher, (x, y, z), kernel.function, options, *where)
+    return _Launch(kernel, (x, y, z), arguments, pointers, descriptors)
 
 
 def _place_of(address: int, pieces: list[tuple[_Memory, _Place]]) -> _Place:
