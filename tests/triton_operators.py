@@ -622,12 +622,12 @@ def test_few_queries_without_gradients_are_those_of_the_reference(by_block: bool
     assert_close(whole.out.cpu(), exact[0], plain[0], "out")
 
 
-@pytest.mark.parametrize("needs_grad", [False, True])
-def test_a_sequence_packed_alone_is_what_it_is_unpacked(needs_grad: bool) -> None:
+@pytest.mark.parametrize(("needs_grad", "group"), [(False, 16), (True, 16), (True, 5)])
+def test_a_sequence_packed_alone_is_what_it_is_unpacked(needs_grad: bool, group: int) -> None:
     """On a GPU of a length that gives each program several tiles."""
-    case = Case("short", SMALL, T=150, S=150, H=4, HK=2, dtype=torch.float16)
+    case = Case("short", SMALL, T=150, S=150, H=6 if group % 2 else 4, HK=2, dtype=torch.float16)
     if DEVICE == "cuda":
-        sizes = {"T": 5000, "S": 5000, "H": 64, "HK": 4, "Dk": 128, "Dv": 128}
+        sizes = {"T": 5000, "S": 5000, "H": 4 * group, "HK": 4, "Dk": 128, "Dv": 128}
         case = replace(case, config=NSAConfig(), dtype=torch.bfloat16, **sizes)
     tensors = on_device(*make_inputs(case).tensors())
     ends = torch.tensor([0, case.T], dtype=torch.int32, device=DEVICE)

@@ -69,7 +69,8 @@ def attend(
     key, value = split_head(Dk), split_head(v.shape[3])
     block_n = values["BLOCK_N"]
     row_stages, stages = values["row_stages"], values["num_stages"]
-    # Tiles of packed sequences may end in the middle, where the copy engine cannot stop.
+    # Entries with tiles for the gated sum leave room for results in shared memory. Tiles of packed
+    # sequences may end in the middle, where the copy engine cannot stop.
     staged = "sum_stages" in values and layout.cu_seqlens is None
     if staged and sum_with is not None:
         block_n, row_stages, stages = values["sum_block_n"], 1, values["sum_stages"]
