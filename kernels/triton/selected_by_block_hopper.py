@@ -266,13 +266,11 @@ def _fetch(
         mbarrier.wait(k_ready.index(KEY_STAGES + i_keys), keys_parity)
         _announce(notes, i_keys, i_group, start, count, HEADS)
         mbarrier.expect(filled, 2 * 64 * (DIM + V_MAIN))
-        copy_tile(k_main, i_batch, i_row, i_kv, 0, filled, k_buffer.index(i_keys), K_MAIN,
-                  64, 1, 0)  # fmt: skip
+        copy_tile(k_main, i_batch, i_row, i_kv, 0, filled, k_buffer.index(i_keys), K_MAIN, 64, 1, 0)
         if K_REST:
-            copy_tile(k_rest, i_batch, i_row, i_kv, K_MAIN, filled,
-                      k_rest_buffer.index(i_keys), K_REST, 64, 1, 0)  # fmt: skip
-        copy_tile(v_main, i_batch, i_row, i_kv, 0, filled, v_buffer.index(i_keys), V_MAIN,
-                  64, 1, 0)  # fmt: skip
+            copy_tile(k_rest, i_batch, i_row, i_kv, K_MAIN, filled, k_rest_buffer.index(i_keys),
+                      K_REST, 64, 1, 0)  # fmt: skip
+        copy_tile(v_main, i_batch, i_row, i_kv, 0, filled, v_buffer.index(i_keys), V_MAIN, 64, 1, 0)
         i_keys, keys_parity = next_stage(i_keys, keys_parity, KEY_STAGES)
         p_q = q + i_batch.to(gl.int64) * stride_qb + first_query.to(gl.int64) * stride_qt
         p_q += i_kv * G * stride_qh
