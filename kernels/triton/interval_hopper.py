@@ -381,7 +381,11 @@ def _consume(
         if KEEP:
             gl.store(out + o_out, b_out, mask=m_row[:, None])
         if gated[2] is not None:
-            _store_sum(b_out, o_out, i_batch, o_query, i_head, m_row, gated)
+            b_gates = _load_gates(rows, gated, lanes)
+            b_first = gl.load(gated[0] + o_out, mask=m_row[:, None], other=0.0)
+            b_second = gl.load(gated[1] + o_out, mask=m_row[:, None], other=0.0)
+            b_total = _add_up(b_gates, b_first, b_second, b_out)
+            gl.store(gated[3] + o_out, b_total, mask=m_row[:, None])
 
 
 @gluon.jit
@@ -424,10 +428,8 @@ def _consume_staged(
         if SUM:
             mbarrier.wait(terms_ready.index(0), terms_parity)
             terms_parity ^= 1
-            b_total = b_gates[0][:, None] * s_first.load(by_value).to(gl.float32)
-            b_total += b_gates[1][:, None] * s_second.load(by_value).to(gl.float32)
-            b_total += b_gates[2][:, None] * b_out.to(gl.float32)
-            s_first.store(b_total.to(dtype))
+            b_first, b_second = s_first.load(by_value), s_second.load(by_value)
+            s_first.store(_add_up(b_gates, b_first, b_second, b_out))
             if KEEP:
                 s_second.store(b_out)
             fence_async_shared()
@@ -495,11 +497,12 @@ def _load_gates(rows, gated, LAYOUT: gl.constexpr):
 def _attend_tile(
     rows, stages, buffers, ready, where, results, scale_log2,
     HALF: gl.constexpr, K_MAIN: gl.constexpr, K_REST: gl.constexpr, V_MAIN: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ROW_STAGES: gl.constexpr, STAGED: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ROW_STAGES: gl.constexpr, TERMS: gl.constexpr,
 ):  # fmt: skip
     """Attend with a warpgroup's rows of a tile and store their lse.
 
-    Returns the sums of values and what to divide them by, and the stages after the tile.
+    Returns the sums of values and what to divide them by, and the stages after the tile. If
+    `TERMS`, the fetching warp is told that it may bring the tile's.
     """
     q_buffer, q_rest_buffer, k_buffer, k_rest_buffer, v_buffer, _ = buffers
     q_ready, k_ready, v_ready, terms_ready = ready
@@ -532,7 +535,7 @@ def _attend_tile(
             True, BLOCK_N,
         )  # fmt: skip
         b_p = gl.convert_layout(b_p.to(dtype), operand)
-        if STAGED:
+        if TERMS:
             tma.store_wait(0)
             mbarrier.arrive(terms_ready.index(1), count=1)
         for phase in gl.static_range(2):
@@ -570,7 +573,7 @@ def _attend_tile(
         i_stage, parity = next_stage(i_stage, parity, STAGES)
     else:
         mbarrier.arrive(q_ready.index(ROW_STAGES + i_rows), count=1)
-        if STAGED:
+        if TERMS:
             tma.store_wait(0)
             mbarrier.arrive(terms_ready.index(1), count=1)
 
@@ -587,17 +590,9 @@ def _attend_tile(
 
 
 @gluon.jit
-def _store_sum(b_out, o_out, i_batch, o_query, i_head, m_row, gated):
-    """Store the gated sum of the other terms' rows and these."""
-    first, second, gates, total_out, stride_gb, stride_gt, stride_gh, stride_gg = gated
-    o_gate = i_batch.to(gl.int64) * stride_gb + o_query.to(gl.int64) * stride_gt
-    p_gate = gates + o_gate + i_head.to(gl.int64) * stride_gh
-    b_gate = gl.load(p_gate, mask=m_row, other=0.0).to(gl.float32)
-    b_term = gl.load(first + o_out, mask=m_row[:, None], other=0.0)
-    b_total = b_gate[:, None] * b_term.to(gl.float32)
-    b_gate = gl.load(p_gate + stride_gg, mask=m_row, other=0.0).to(gl.float32)
-    b_term = gl.load(second + o_out, mask=m_row[:, None], other=0.0)
-    b_total += b_gate[:, None] * b_term.to(gl.float32)
-    b_gate = gl.load(p_gate + 2 * stride_gg, mask=m_row, other=0.0).to(gl.float32)
-    b_total += b_gate[:, None] * b_out.to(gl.float32)
-    gl.store(total_out + o_out, b_total.to(b_out.dtype), mask=m_row[:, None])
+def _add_up(b_gates, b_first, b_second, b_out):
+    """The gated sum of the three terms' rows, of which `b_out` is the last; rounded like it."""
+    b_total = b_gates[0][:, None] * b_first.to(gl.float32)
+    b_total += b_gates[1][:, None] * b_second.to(gl.float32)
+    b_total += b_gates[2][:, None] * b_out.to(gl.float32)
+    return b_total.to(b_out.dtype)
