@@ -146,14 +146,16 @@ def block_lists(
     select_block_size: int,
     chunk: int,
     segment: int,
-) -> Iterator[BlockLists]:
-    """The lists of `block_rows`, over every `chunk` queries in turn."""
+) -> Iterator[tuple[int, int, BlockLists]]:
+    """Of every `chunk` queries in turn the first, their number, and the lists of `block_rows`."""
     T = rows.shape[1]
-    for first in range(0, T, chunk * _CHUNKS):
-        count = min(chunk * _CHUNKS, T - first)
-        yield from _list_chunks(
-            rows, bounds, num_keys, num_sequences, select_block_size, first, count, chunk, segment
+    for start in range(0, T, chunk * _CHUNKS):
+        stop = min(start + chunk * _CHUNKS, T)
+        listed = _list_chunks(
+            rows, bounds, num_keys, num_sequences, select_block_size, start, stop, chunk, segment
         )
+        for first, lists in zip(range(start, stop, chunk), listed, strict=True):
+            yield first, min(chunk, stop - first), lists
 
 
 def _list_chunks(
@@ -163,15 +165,16 @@ def _list_chunks(
     num_sequences: int,
     select_block_size: int,
     first_query: int,
-    num_queries: int,
+    end_query: int,
     chunk: int,
     segment: int,
 ) -> list[BlockLists]:
-    """The lists over every `chunk` of the `num_queries` queries from `first_query` on."""
+    """The lists over every `chunk` of the queries `first_query .. end_query - 1`."""
     B, T, HK, n = rows.shape
     device = rows.device
     blocks = num_keys // select_block_size + num_sequences
     bins = B * HK * blocks
+    num_queries = end_query - first_query
     chunks = cdiv(num_queries, chunk)
     part = max(_PART_QUERIES, cdiv(num_queries, min(_PARTS * chunks, _MOST_PARTS)))
     parts = cdiv(chunk, part)
@@ -183,8 +186,8 @@ def _list_chunks(
     entries = torch.empty((chunks, cdiv(listed, 4) * 4), dtype=torch.int32, device=device)
     slots = next_power_of_2(n)
     common = (
-        rows, bounds.sequence, offsets, first_query, chunk, first_query + num_queries, T, HK, n,
-        part, blocks, bins, bounds.stride, select_block_size,
+        rows, bounds.sequence, offsets, first_query, chunk, end_query, T, HK, n, part, blocks,
+        bins, bounds.stride, select_block_size,
     )  # fmt: skip
     grid = (parts * B * HK, chunks)
     _count_kernel[grid](*common, SLOTS=slots, QUERIES=max(1, 256 // slots), num_warps=4)
@@ -265,7 +268,6 @@ def _segments_of(b_count, SEGMENT: tl.constexpr):
 
 _NOT_SPECIALIZED = [
     "first_query", "chunk", "end_query", "T", "part", "blocks", "bins", "stride_bounds",
-    "stride_bins", "stride_entries",
 ]  # fmt: skip
 
 
@@ -282,7 +284,7 @@ def block_number(b_row, b_sequence, blocks, select_block_size):
     return tl.where(number == 0, 0, blocks - number)
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED[:-2])
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _count_kernel(
     rows,
     sequence,
@@ -356,7 +358,7 @@ def _scan_kernel(
     tl.store(counts + o_bin, total, mask=m_bin)
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@triton.jit(do_not_specialize=[*_NOT_SPECIALIZED, "stride_bins", "stride_entries"])
 def _fill_kernel(
     rows,
     sequence,

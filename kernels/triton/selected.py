@@ -274,8 +274,7 @@ def _by_block_hopper(
     every = block_lists(
         shares.own, bounds, S, key_sequences, m, chunk, values["segment_tiles"] * size
     )
-    for first, lists in zip(range(0, T, chunk), every, strict=True):
-        count = min(chunk, T - first)
+    for first, count, lists in every:
         # What is in no list stays 0, which stands for none.
         partial_lse = torch.zeros(shape, dtype=torch.float32, device=q.device)
         selected_by_block_hopper.attend(
@@ -315,8 +314,7 @@ def _by_block(
     every = block_lists(
         rows, bounds, S, sequences, config.select_block_size, chunk, tuned_block["segment"]
     )
-    for first, lists in zip(range(0, T, chunk), every, strict=True):
-        count = min(chunk, T - first)
+    for first, count, lists in every:
         _by_block_kernel[(lists.work * parts,)](
             q,
             k,

@@ -122,8 +122,7 @@ def selected_gradients(
         }
         kernel, tensors, constants = _kernel_for(values, block_n, grad_out, q, v, partial_dq)
         every = block_lists(rows, bounds, S, sequences, config.select_block_size, chunk, segment)
-        for first, lists in zip(range(0, T, chunk), every, strict=True):
-            count = min(chunk, T - first)
+        for first, count, lists in every:
             kernel[(lists.work * parts,)](
                 *tensors[:2],
                 k,

@@ -213,7 +213,7 @@ def _share_blocks_kernel(
         b_start = tl.where(m_block, b_row, LARGEST)
         b_queries, b_least, b_end = _who_chose(b_block, b_start, tile, N, QUERIES, SLOTS)
         m_whole = b_row + select_block_size <= b_least
-        m_shared = m_block & ((_count_bits(b_queries) >= LEAST) | (m_whole == 0))
+        m_shared = m_block & ((count_bits(b_queries) >= LEAST) | (m_whole == 0))
         # Of the queries that share a block, the first one lists it.
         m_listed = m_shared & ((b_queries & ((1 << o_member) - 1)[:, None]) == 0)
         front, count = _list(
@@ -253,7 +253,7 @@ def _list_sampled(
     b_row = tl.where(m_block, b_first + b_block * select_block_size, LARGEST)
     b_queries, b_least, b_end = _who_chose(b_block, b_row, tile, N, QUERIES, SLOTS)
     m_whole = b_row <= b_least - select_block_size
-    m_listed = m_block & ((_count_bits(b_queries) >= LEAST) | (m_whole == 0))
+    m_listed = m_block & ((count_bits(b_queries) >= LEAST) | (m_whole == 0))
     # Of the queries that share a block, the first one lists it, and where it names it first.
     o_before = tl.arange(0, SLOTS)[:, None, None]
     p_before = (p_index + o_query.to(tl.int64) * stride_t)[None, :, :] + o_before
@@ -345,15 +345,6 @@ def _sampled_chose(
         b_theirs = tl.load(p_theirs, mask=(o_slot < N) & (i_query < stop), other=-1)
         m_chose |= any_of(b_theirs[:, None, None] == b_block[None, :, :]) & (b_row < seen)
     return m_chose
-
-
-@triton.jit
-def _count_bits(b_bits):
-    """How many bits of an int32 or int64 are set."""
-    b_number = count_bits(b_bits.to(tl.int32))
-    if b_bits.dtype.primitive_bitwidth == 64:
-        b_number += count_bits((b_bits >> 32).to(tl.int32))
-    return b_number
 
 
 @triton.jit

@@ -143,10 +143,13 @@ def key_spans(b_lower, b_upper, m_valid, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def count_bits(b_bits):
-    """How many bits of an int32 are set."""
-    b_bits = count_bits_of_four(b_bits)
-    b_bits = (b_bits + (b_bits >> 4)) & 0x0F0F0F0F
-    return (b_bits * 0x01010101) >> 24
+    """How many bits of an int32 or int64 are set."""
+    if b_bits.dtype.primitive_bitwidth == 64:
+        return count_bits(b_bits.to(tl.int32)) + count_bits((b_bits >> 32).to(tl.int32))
+    else:
+        b_bits = count_bits_of_four(b_bits)
+        b_bits = (b_bits + (b_bits >> 4)) & 0x0F0F0F0F
+        return (b_bits * 0x01010101) >> 24
 
 
 @triton.jit
