@@ -4,12 +4,12 @@
 #   ci/cuda.sh [FOLDER]    the report's folder, by default cuda-report
 # PYTHON names an interpreter with torch, triton, numpy, pytest and pytest-xdist (python3), JOBS over
 # how many processes the suite and the operators' tests are spread (8), STEPS which of "facts first
-# suite operators sanitizer targets bench" to run, LEVEL the suite's (5). A step that fails does not
-# stop the others; fails if one does.
+# suite operators sanitizer targets bench tune" to run, LEVEL the suite's (5). A step that fails does
+# not stop the others; fails if one does.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 report=${1:-cuda-report}
-steps=" ${STEPS:-facts first suite operators sanitizer targets bench} "
+steps=" ${STEPS:-facts first suite operators sanitizer targets bench tune} "
 python=${PYTHON:-python3} failed=0
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 unset TRITON_INTERPRET NSA_PORT_BACKEND NSA_PORT_TABLES
@@ -44,4 +44,9 @@ done
 step targets "$python" ci/cuda_targets.py --out "$report/targets.json"
 step bench "$python" -m nsa_port bench --backend cuda --shapes A2 --lengths 8192 16384 32768 65536 \
   --rounds 9 --out "$report/bench.json" --plot "$report/bench.png"
+# One kernel is enough to see that a table comes out and is taken.
+mkdir -p "$report/tables"
+step tune env -C "$report/tables" "$python" -m nsa_port tune --backend cuda \
+  --kernels interval_forward --length 8192
+step tune-taken env NSA_PORT_TABLES="$report/tables" "$python" -m nsa_port info
 exit "$failed"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -12,22 +10,18 @@ from torch import Tensor
 
 from nsa_port.kernels import eager as kernels
 from nsa_port.kernels.geometry import Layout
-from tests.eager_cases import CASES, Case, assert_close, make_inputs, reference_run
+from tests.eager_cases import (
+    CASES,
+    Case,
+    assert_close,
+    make_inputs,
+    no_waiting,
+    reference_run,
+)
 
 eager: Any = kernels  # arguments are spread from lists below
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
-
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    """Whatever makes the host wait for the device raises."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def on_device(layout: Layout) -> Layout:

@@ -17,7 +17,7 @@ from nsa_port.kernels import triton as kernels
 from nsa_port.kernels.geometry import Layout, NSAConfig
 from nsa_port.kernels.tables import shipped_table, tuned_to, values_of
 from nsa_port.tune.candidates import KERNELS
-from nsa_port.tune.compile_only import SHARED_MEMORY, compiling_for
+from nsa_port.tune.compile_only import SHARED_MEMORY, Build, compiling_for
 from nsa_port.tune.machine_code import early_signals, reads_before_writes
 
 CONFIG = NSAConfig()
@@ -41,6 +41,11 @@ LEAST_LENGTHS = {
 
 LEAST_SHARED_MEMORY = 99 * 1024
 """What the architectures without a table have: sm_86, sm_89 and sm_120 the least."""
+
+
+def faults(build: Build) -> list[str]:
+    """What a look at the machine code and the assembly finds wrong."""
+    return [*reads_before_writes(build.binary), *early_signals(build.assembly)]
 
 
 def entries() -> list[tuple[str, str, int, tuple[int, int]]]:
@@ -111,8 +116,7 @@ def test_every_tuned_entry_fits_its_architecture(
     assert build.stack <= allowed, f"spills {build.stack} bytes of registers"
     assert build.num_warps == row["num_warps"] + on_hopper * WORKERS.get(kernel, 8)
     if table == "sm_90":  # where ptxas is known to lose what sets a descriptor of wgmma
-        assert not reads_before_writes(build.binary)
-        assert not early_signals(build.assembly)
+        assert not faults(build)
         assert build.uses_wgmma == ("exact_dims" in row), "wgmma where it should be, only there"
 
 
@@ -125,7 +129,7 @@ def test_small_groups_fit_hopper_by_block(kernel: str, dims: tuple[int, int], gr
     (build,) = builds
     assert build.shared <= SHARED_MEMORY["sm_90"]
     assert build.stack <= A_FEW_SCALARS
-    assert not reads_before_writes(build.binary) and not early_signals(build.assembly)
+    assert not faults(build)
 
 
 @pytest.mark.parametrize("group", [1, 4, 8, 32])
@@ -135,7 +139,7 @@ def test_gradients_of_other_groups_fit_hopper(group: int, dims: tuple[int, int])
         launch("selected_backward", *dims, torch.bfloat16, G=group)
     (build,) = builds
     assert build.stack <= A_FEW_SCALARS
-    assert not reads_before_writes(build.binary) and not early_signals(build.assembly)
+    assert not faults(build)
 
 
 @pytest.mark.parametrize("kernel", ["hopper_forward", "hopper_dq", "hopper_dkdv"])
@@ -147,7 +151,7 @@ def test_packed_sequences_fit_hopper(kernel: str, dims: tuple[int, int]) -> None
     assert build.shared <= SHARED_MEMORY["sm_90"]
     # To clear rows, which few tiles need, the fetching warp has 24 registers.
     assert build.stack <= A_FEW_SCALARS + 8
-    assert not reads_before_writes(build.binary) and not early_signals(build.assembly)
+    assert not faults(build)
 
 
 @pytest.mark.parametrize("needs_grad", [True, False])
@@ -164,7 +168,7 @@ def test_the_gated_sum_fits_hopper(dims: tuple[int, int], group: int, needs_grad
     for build in builds:
         assert build.shared <= SHARED_MEMORY["sm_90"]
         assert build.stack <= A_FEW_SCALARS
-        assert not reads_before_writes(build.binary) and not early_signals(build.assembly)
+        assert not faults(build)
 
 
 def test_an_arrival_right_after_an_access_is_found() -> None:
@@ -184,7 +188,7 @@ def test_head_dimensions_between_entries_are_assembled_rightly(
 ) -> None:
     with compiling_for("sm_90") as builds:
         launch(kernel, *dimensions, torch.float16)
-    assert all(not reads_before_writes(build.binary) for build in builds)
+    assert all(not faults(build) for build in builds)
 
 
 @pytest.mark.parametrize("kernel", ["interval_forward", "selected_by_query"])
@@ -195,7 +199,7 @@ def test_what_splits_the_keys_of_few_queries_fits_hopper(
     with compiling_for("sm_90") as builds:
         launch(kernel, *dims, torch.bfloat16, T=1)
     assert {build.name for build in builds} > {FUNCTIONS[kernel], "_merge_splits_kernel"}
-    assert all(build.stack == 0 and not reads_before_writes(build.binary) for build in builds)
+    assert all(build.stack == 0 and not faults(build) for build in builds)
 
 
 @pytest.fixture

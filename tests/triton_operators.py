@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import nsa_port
 from nsa_port import emulator, reference, settings
 from nsa_port.kernels import amd
 from nsa_port.kernels import triton as of_cuda
@@ -32,6 +34,7 @@ from tests.eager_cases import (
     assert_close,
     cumulative,
     make_inputs,
+    no_waiting,
     reference_run,
 )
 
@@ -644,6 +647,19 @@ def test_a_sequence_packed_alone_is_what_it_is_unpacked(needs_grad: bool, group:
             torch.testing.assert_close(one[same], other[same], rtol=0.0, atol=atol)
 
 
+def both_ways(tensors: list[Tensor], rest: tuple[NSAConfig, Layout, float]) -> list[Tensor]:
+    """All results and gradients of the whole; the first tensor is the gradient of its output."""
+    grad, *inputs = tensors
+    whole = kernels.nsa_attention(*inputs, *rest, True)
+    return [*whole, *kernels.nsa_attention_backward(grad, *inputs, whole, *rest)]
+
+
+def long_case(T: int, group: int) -> Case:
+    """Of a shape that Hopper's own kernels take; too large for anything but a GPU."""
+    sizes = {"T": T, "S": T, "H": 2 * group, "HK": 2, "Dk": 128, "Dv": 128}
+    return Case("long", NSAConfig(), dtype=torch.bfloat16, **sizes)
+
+
 ON_HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0)
 OF_MANY_TILES = (
     "interval_hopper", "interval_backward_hopper", "selection_hopper", "selected_hopper",
@@ -661,22 +677,14 @@ def test_programs_of_many_tiles_give_what_programs_of_few_give(
         "tiles", NSAConfig(), T=1111, S=1111, H=16, HK=1, Dk=128, Dv=128, dtype=torch.bfloat16
     )
     x = make_inputs(case)
-    tensors, grad = on_device(*x.tensors()), x.grad.to(DEVICE)
-
-    def run() -> list[Tensor]:
-        whole = kernels.nsa_attention(*tensors, *tail(case), True)
-        return [
-            *whole,
-            *kernels.nsa_attention_backward(grad, *tensors, whole, *tail(case)),
-        ]
-
+    tensors = on_device(x.grad, *x.tensors())
     design = {"fewest_queries": 0, "fewest_of_large": 0 if by_block else 9999}
     with tuned_to({"hopper_by_block": design}):
-        few = run()
+        few = both_ways(tensors, tail(case))
         for name in OF_MANY_TILES:
             place = f"nsa_port.kernels.triton.{name}.multiprocessors"
             monkeypatch.setattr(place, lambda device: 2)
-        many = run()
+        many = both_ways(tensors, tail(case))
     assert all(torch.equal(one, other) for one, other in zip(few, many, strict=True))
 
 
@@ -684,21 +692,54 @@ def test_programs_of_many_tiles_give_what_programs_of_few_give(
 @pytest.mark.parametrize("T", [300, 1500, 9000])
 @pytest.mark.parametrize("group", [4, 16])
 def test_calls_that_come_again_give_the_same(T: int, group: int) -> None:
-    """From the third on, launches are repeated with other addresses, some of them known ones."""
-    sizes = {"T": T, "S": T, "H": 2 * group, "HK": 2, "Dk": 128, "Dv": 128}
-    case = Case("again", NSAConfig(), dtype=torch.bfloat16, **sizes)
+    """From the third on, launches are repeated with other addresses."""
+    case = long_case(T, group)
     x = make_inputs(case)
     originals = on_device(x.grad, *x.tensors())
     copies = [tensor.clone() for tensor in originals]
-
-    def run(grad: Tensor, *tensors: Tensor) -> list[Tensor]:
-        whole = kernels.nsa_attention(*tensors, *tail(case), True)
-        gradients = kernels.nsa_attention_backward(grad, *tensors, whole, *tail(case))
-        return [*whole, *gradients]
-
-    first, *later = (run(*tensors) for tensors in 3 * [originals, copies])
+    first, *later = (both_ways(tensors, tail(case)) for tensors in 3 * [originals, copies])
     for found in later:
         assert all(torch.equal(one, other) for one, other in zip(first, found, strict=True))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="nothing waits for a CPU")
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("T", [300, 1500, 9000])
+def test_the_host_never_waits(T: int, packed: bool) -> None:
+    case, config = long_case(T, 16), NSAConfig()
+    x = make_inputs(case)
+    grad, q, _, _, k, v, *others = on_device(x.grad, *x.tensors())
+    inputs = [tensor.requires_grad_() for tensor in (q, k, v, *others)]
+    cu = torch.tensor([0, T // 3, T], dtype=torch.int32, device=DEVICE) if packed else None
+    options: Any = {"cu_seqlens": cu, "backend": "rocm" if torch.version.hip else "cuda"}
+    # As many as are always enough: how many there are, the host would have to wait for.
+    blocks = T // config.block_stride if packed else None
+    with no_waiting():
+        for _ in range(4):  # decided twice, the second time noted down; then repeated
+            compressed = (
+                nsa_port.mean_compress(y, config, num_blocks=blocks, **options) for y in (k, v)
+            )
+            out = nsa_port.nsa_attention(q, *compressed, k, v, *others, config, **options)
+            torch.autograd.grad(out, inputs, grad)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="there is no graph to capture on a CPU")
+@pytest.mark.parametrize(("T", "group"), [(1500, 16), (9000, 16), (9000, 4), (9000, 1)])
+def test_a_graph_of_a_long_call_replays_on_new_values(T: int, group: int) -> None:
+    case = long_case(T, group)
+    x = make_inputs(case)
+    tensors = on_device(x.grad, *x.tensors())
+    both_ways(tensors, tail(case))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both_ways(tensors, tail(case))
+    for tensor in tensors:
+        tensor.copy_(tensor.flip(1))
+    expected = both_ways(tensors, tail(case))
+    for _ in range(2):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(one, other) for one, other in zip(captured, expected, strict=True))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter compiles nothing")
