@@ -26,9 +26,7 @@ from nsa_port.kernels.triton.host import LOG2_E, cdiv, multiprocessors, split_he
 from nsa_port.kernels.triton.lists import BlockLists
 from nsa_port.kernels.triton.lists_hopper import load_work
 from nsa_port.kernels.triton.partials_hopper import layout_of_partials, to_partials
-
-SELECT = 64
-"""Tokens of a block that the kernel is written for."""
+from nsa_port.kernels.triton.selected_hopper import SELECT
 
 
 def attend(
