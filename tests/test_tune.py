@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from nsa_port import cli
 from nsa_port import environment as machine
 from nsa_port.bench.shapes import parse_heads
 from nsa_port.bench.timing import Sample
+from nsa_port.conformance.case import backend_named
 from nsa_port.kernels import tables
 from nsa_port.kernels.tables import Values, tuned
 from nsa_port.tune import command, result, search, trial
@@ -186,6 +188,28 @@ def test_candidates_that_cannot_run_well_are_out_before_they_run() -> None:
     spilling = {"BLOCK_N": 32, "num_warps": 1, "num_stages": 1}
     assert "spills" in compiled(spilling)
     assert compiled(spilling, may_spill=10_000) == ""
+
+
+@pytest.mark.parametrize(
+    ("arch", "kernel"), [x for x in every_kernel_of_every_table() if x[0] in ("sm_90", "gfx942")]
+)
+def test_the_calls_of_a_kernel_launch_it(arch: str, kernel: str) -> None:
+    pytest.importorskip("triton")
+    maker = "rocm" if "gfx" in arch else "cuda"
+    chosen = backend_named(maker)
+    job = dataclasses.replace(
+        JOB,
+        backend=maker,
+        module=chosen.kernels["selected_attention"],
+        arch=arch,
+        # AMD's tiles of several queries are for groups that do not fill one.
+        heads=parse_heads("16,4,128,128" if kernel == "selected_by_tile" else "64,4,128,128"),
+        dtype="bfloat16",
+        length=8192,
+    )
+    dims = (128,) if KERNELS[kernel].keys_alone else (128, 128)
+    shipped = tuned(arch, kernel, 2, *dims)
+    assert trial.compile_candidate(job, kernel, shipped, may_spill=sys.maxsize) == ""
 
 
 def test_candidates_for_amd_are_compiled_too() -> None:

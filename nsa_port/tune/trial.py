@@ -19,8 +19,9 @@ from nsa_port.tune.calls import Calls, Outputs
 from nsa_port.tune.candidates import KERNELS
 
 REPEATS = 7
-_COMPILED_LENGTH = 320
-"""Tokens of the calls that are only compiled; lengths are no part of a kernel."""
+_COMPILED_LENGTH = 2048
+"""Tokens of the calls that are only compiled, at most: lengths are no part of a kernel, but where
+every block is chosen, none is scored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ def compile_candidate(job: Job, kernel: str, values: Values, may_spill: int = 0)
     from nsa_port.tune.compile_only import compiling_for
     from nsa_port.tune.machine_code import reads_before_writes
 
-    calls = job.calls(_COMPILED_LENGTH, "cpu", empty=True)
+    calls = job.calls(min(job.length, _COMPILED_LENGTH), "cpu", empty=True)
     try:
         with (
             compiling_for(job.arch, job.shared_memory, KERNELS[kernel].function) as own,
