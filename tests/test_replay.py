@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -117,6 +117,70 @@ def test_a_repeated_call_launches_the_same_kernels_on_its_own_tensors(shape: str
     assert all(isinstance(plan, replay._Plan) for plan in replay._plans.values())
 
 
+def operators(T: int) -> dict[str, Callable[[], Any]]:
+    """Every operator that is repeated on its own, on new tensors each time."""
+    q, k_cmp, v_cmp, k, v = (whole("A2", T)[i] for i in (0, 1, 2, 3, 4))
+    lse = torch.empty(q.shape[:3])
+    idx = torch.zeros(1, T, 4, CONFIG.num_selected, dtype=torch.int32)
+    where: Any = (CONFIG, Layout(T), 0.1)
+
+    def made(tensors: tuple[Tensor | None, ...]) -> list[Any]:
+        return [None if x is None else x.clone() for x in tensors]
+
+    def operator(name: str, *tensors: Tensor | None) -> Callable[[], Any]:
+        run: Any = getattr(kernels, name)
+        return lambda: run(*made(tensors), *where)
+
+    return {
+        "compressed_attention": operator("compressed_attention", q, k_cmp, v_cmp),
+        "window_attention": operator("window_attention", q, k, v),
+        "select_blocks": operator("select_blocks", q, k_cmp, lse),
+        "selected_attention": operator("selected_attention", q, k, v, idx),
+        **{
+            f"{name}_backward, {'with' if grad_lse is not None else 'no'} grad_lse": operator(
+                f"{name}_backward", q, grad_lse, q, *rest, q, lse
+            )
+            for name, *rest in (
+                ("compressed_attention", k_cmp, v_cmp),
+                ("window_attention", k, v),
+                ("selected_attention", k, v, idx),
+            )
+            for grad_lse in (None, lse)
+        },
+    }
+
+
+@pytest.mark.parametrize("name", operators(64))
+def test_an_operator_alone_is_repeated_too(name: str) -> None:
+    call = operators(9000 if name == "selected_attention" else 1500)[name]
+    results, launches = [], []
+    for _ in range(4):
+        pattern()
+        results.append(call())
+        launches.append(pattern())
+    assert launches[1] == launches[2] == launches[3]
+    assert [isinstance(plan, replay._Plan) for plan in replay._plans.values()] == [True]
+    kinds = {type(result) for result in results}
+    assert len(kinds) == 1
+    if kinds == {tuple}:
+        shapes = [[(x.shape, x.dtype) for x in result] for result in results]
+    else:
+        shapes = [[(result.shape, result.dtype)] for result in results]
+    assert shapes[0] == shapes[1] == shapes[2] == shapes[3]
+
+
+def test_packed_sequences_and_few_queries_are_not_repeated() -> None:
+    q, _, _, k, v, *_ = whole("A2", 64)
+    few, _, _, k_few, v_few, *_ = whole("A2", 8)
+    cu = torch.tensor([0, 20, 64], dtype=torch.int32)
+    run: Any = kernels.window_attention
+    for _ in range(3):
+        run(q, k, v, CONFIG, Layout(64, cu, cu), 0.1)
+        run(q, k, v, CONFIG, Layout(64, positions=torch.arange(64, dtype=torch.int32)), 0.1)
+        run(few, k_few, v_few, CONFIG, Layout(8), 0.1)
+    assert not replay._plans
+
+
 def test_results_and_inputs_are_where_the_kernels_write_and_read() -> None:
     for _ in range(3):
         tensors = whole("A2", 1500)
@@ -154,24 +218,26 @@ def test_a_length_that_comes_once_is_not_recorded() -> None:
 
 
 def test_what_does_more_than_launch_is_never_repeated() -> None:
-    def function(x: Tensor) -> tuple[Tensor, ...]:
-        return (x + 1,)
+    @replay.repeats
+    def function(x: Tensor) -> Tensor:
+        return x + 1
 
     for _ in range(3):
-        x = torch.ones(3)
-        assert torch.equal(replay.repeated(function, (x,))[0], x + 1)
+        x = torch.ones(1, 99)
+        assert torch.equal(function(x), x + 1)
     assert list(replay._plans.values()) == [None]
 
 
 def test_so_many_calls_are_remembered_and_first_those_that_come_often() -> None:
+    @replay.repeats
     def function(x: Tensor) -> tuple[Tensor, ...]:
         return (torch.empty(3),)
 
-    often = torch.ones(9999)
+    often = torch.ones(1, 9999)
     for _ in range(2):
-        replay.repeated(function, (often,))
-    for size in range(2 * replay._MOST_CALLS):
-        replay.repeated(function, (torch.ones(size),))
-        replay.repeated(function, (often,))
+        function(often)
+    for size in range(100, 100 + 2 * replay._MOST_CALLS):
+        function(torch.ones(1, size))
+        function(often)
     assert len(replay._plans) == replay._MOST_CALLS
     assert sum(isinstance(plan, replay._Plan) for plan in replay._plans.values()) == 1

@@ -19,12 +19,12 @@ from nsa_port.kernels.triton.host import (
     HAS_HOPPER_GLUON,
     LOG2_E,
     arch_of,
-    on_device_of,
     split_arguments,
     split_head,
     strides,
     tuned,
 )
+from nsa_port.kernels.triton.replay import repeats
 from nsa_port.kernels.triton.splitting import Merge, Splits, merge_splits, split_keys, split_range
 from nsa_port.kernels.triton.tiles import (
     LOG_2,
@@ -36,22 +36,22 @@ from nsa_port.kernels.triton.tiles import (
 )
 
 
+@repeats
 def compressed_attention(
     q: Tensor, k: Tensor, v: Tensor, config: NSAConfig, layout: Layout, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Softmax over the compressed blocks that are complete at each query (Eq. 8). `out, lse`."""
-    with on_device_of(q):
-        bounds = query_bounds(Kind.COMPRESSED, q.shape[1], k.shape[1], config, layout, q.device)
-        return interval_attention(q, k, v, bounds, layout, scale)
+    bounds = query_bounds(Kind.COMPRESSED, q.shape[1], k.shape[1], config, layout, q.device)
+    return interval_attention(q, k, v, bounds, layout, scale)
 
 
+@repeats
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, config: NSAConfig, layout: Layout, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Softmax over the last `window_size` keys of each query. `out, lse`."""
-    with on_device_of(q):
-        bounds = query_bounds(Kind.WINDOW, q.shape[1], k.shape[1], config, layout, q.device)
-        return interval_attention(q, k, v, bounds, layout, scale, config.window_size)
+    bounds = query_bounds(Kind.WINDOW, q.shape[1], k.shape[1], config, layout, q.device)
+    return interval_attention(q, k, v, bounds, layout, scale, config.window_size)
 
 
 def interval_attention(

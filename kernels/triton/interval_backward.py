@@ -28,7 +28,6 @@ from nsa_port.kernels.triton.host import (
     arch_of,
     cdiv,
     last_contiguous,
-    on_device_of,
     split_arguments,
     split_head,
     strides,
@@ -36,6 +35,7 @@ from nsa_port.kernels.triton.host import (
 )
 from nsa_port.kernels.triton.interval import hopper_values
 from nsa_port.kernels.triton.preparation import backward_rows
+from nsa_port.kernels.triton.replay import repeats
 from nsa_port.kernels.triton.sums import sum_parts
 from nsa_port.kernels.triton.tiles import (
     dot,
@@ -49,6 +49,7 @@ _ENOUGH_PROGRAMS = 1024
 """Programs that fill any chip several times over: heads are spread until there are as many."""
 
 
+@repeats
 def compressed_attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -62,14 +63,14 @@ def compressed_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `compressed_attention`. `dq, dk, dv`."""
-    with on_device_of(q):
-        bounds = query_bounds(Kind.COMPRESSED, q.shape[1], k.shape[1], config, layout, q.device)
-        cu_rows = layout.compressed_cu_seqlens(config) if layout.packed else None
-        grad_out = last_contiguous(grad_out)
-        rows = BackwardRows(grad_out, *backward_rows(grad_out, grad_lse, out, lse, by_head=True))
-        return interval_backward(rows, q, k, v, bounds, cu_rows, layout, scale)
+    bounds = query_bounds(Kind.COMPRESSED, q.shape[1], k.shape[1], config, layout, q.device)
+    cu_rows = layout.compressed_cu_seqlens(config) if layout.packed else None
+    grad_out = last_contiguous(grad_out)
+    rows = BackwardRows(grad_out, *backward_rows(grad_out, grad_lse, out, lse, by_head=True))
+    return interval_backward(rows, q, k, v, bounds, cu_rows, layout, scale)
 
 
+@repeats
 def window_attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -83,12 +84,11 @@ def window_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `window_attention`. `dq, dk, dv`."""
-    with on_device_of(q):
-        bounds = query_bounds(Kind.WINDOW, q.shape[1], k.shape[1], config, layout, q.device)
-        cu_rows = layout.cu_seqlens_k
-        grad_out = last_contiguous(grad_out)
-        rows = BackwardRows(grad_out, *backward_rows(grad_out, grad_lse, out, lse, by_head=True))
-        return interval_backward(rows, q, k, v, bounds, cu_rows, layout, scale)
+    bounds = query_bounds(Kind.WINDOW, q.shape[1], k.shape[1], config, layout, q.device)
+    cu_rows = layout.cu_seqlens_k
+    grad_out = last_contiguous(grad_out)
+    rows = BackwardRows(grad_out, *backward_rows(grad_out, grad_lse, out, lse, by_head=True))
+    return interval_backward(rows, q, k, v, bounds, cu_rows, layout, scale)
 
 
 class BackwardRows(NamedTuple):

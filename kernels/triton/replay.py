@@ -13,12 +13,14 @@ else a recording meets leaves the call to be decided anew each time.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from operator import itemgetter
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -28,6 +30,11 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from nsa_port.kernels import tables
+from nsa_port.kernels.geometry import Layout
+from nsa_port.kernels.triton.host import on_device_of
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _IS_KNOWN = triton.__version__.startswith("3.6.") and torch.version.cuda is not None
 """Whether this is the Triton, for NVIDIA, whose way to launch a compiled kernel is taken here."""
@@ -36,27 +43,41 @@ _MOST_ELEMENTS = 2**27
 """Of the first tensor, say 16k tokens of 64 heads. Larger calls have so much to do that the host's
 time does not matter; and a repeated call holds all of its temporary memory from start to end."""
 
+_FEWEST_QUERIES = 16
 _MOST_CALLS = 256
 _ALIGNMENT = 256
 
 
-def repeated(
-    function: Callable[..., Any], tensors: Sequence[Tensor], *others: Hashable
-) -> tuple[Tensor, ...]:
-    """What `function(*tensors, *others)` returns, a tuple of tensors.
+def repeats(operator: Callable[P, R]) -> Callable[P, R]:
+    """The operator, on the device of its first tensor, queries or what has their length.
 
-    It runs on the current device. Nothing that it does may depend on the contents of tensors, nor
-    on anything but what the key below names.
+    Calls that come again are repeated. Of their arguments, only what tensors hold and where they
+    lie may differ between such calls: nothing that the operator launches may depend on it. Its
+    results are a tensor or a tuple of tensors.
     """
-    if not _may_repeat(tensors[0]):
-        return function(*tensors, *others)
+
+    @functools.wraps(operator)
+    def call(*args: P.args, **options: P.kwargs) -> R:
+        first: Any = args[0]
+        with on_device_of(first):
+            if options or not _may_repeat(first) or not _may_come_again(first, args):
+                return operator(*args, **options)
+            return _repeated(operator, args)
+
+    return call
+
+
+def _repeated(operator: Callable[..., R], args: tuple[Any, ...]) -> R:
+    # Results of another operator, as a backward is given them, are a tuple among the arguments.
+    flat = [x for arg in args for x in (arg if isinstance(arg, tuple) else (arg,))]
+    tensors = [x for x in flat if isinstance(x, Tensor)]
     addresses = [tensor.data_ptr() for tensor in tensors]
     pairs = zip(tensors, addresses, strict=True)
     key = (
-        function,
+        operator,
         tensors[0].device.index,
         tables.state(),
-        *others,
+        *[Tensor if isinstance(x, Tensor) else x for x in flat],
         *[(x.dtype, x.shape, x.stride(), address & 15) for x, address in pairs],
         # Which of them are the same tensor.
         *[addresses.index(address) for address in addresses],
@@ -64,16 +85,17 @@ def repeated(
     plan = _plans.get(key, _UNSEEN)
     if isinstance(plan, _Plan):
         _keep(key)
-        return plan.repeat(addresses)
+        results: R = plan.repeat(addresses)
+        return results
     if plan is _UNSEEN:
         _remember(key, _SEEN)
     elif plan is _SEEN:
         recording = _Recording(tensors)
         with recording.taking_notes():
-            outputs = function(*tensors, *others)
+            outputs = operator(*args)
         _remember(key, recording.plan(outputs))
         return outputs
-    return function(*tensors, *others)
+    return operator(*args)
 
 
 def _may_repeat(tensor: Tensor) -> bool:
@@ -81,6 +103,13 @@ def _may_repeat(tensor: Tensor) -> bool:
     hooks = triton.knobs.runtime.launch_enter_hook
     heard = bool(getattr(hooks, "calls", hooks))
     return _IS_KNOWN and tensor.is_cuda and not heard and tensor.numel() <= _MOST_ELEMENTS
+
+
+def _may_come_again(first: Tensor, args: tuple[Any, ...]) -> bool:
+    """Decoding has other lengths each time, and packed sequences need more than launches."""
+    layouts = (x for x in args if isinstance(x, Layout))
+    dense = all(not layout.packed and layout.positions is None for layout in layouts)
+    return dense and first.shape[1] >= _FEWEST_QUERIES
 
 
 _UNSEEN, _SEEN = object(), object()
@@ -163,15 +192,14 @@ class _Plan(NamedTuple):
 
     launches: list[_Launch]
     outputs: list[tuple[torch.Size, torch.dtype]]
+    result: Callable[[list[Tensor]], Any]
     workspace: int
     zeros: int
     device: torch.device
 
-    def repeat(self, addresses: list[int]) -> tuple[Tensor, ...]:
+    def repeat(self, addresses: list[int]) -> Any:
         device = self.device
-        outputs = tuple(
-            [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.outputs]
-        )
+        outputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.outputs]
         starts = addresses + [output.data_ptr() for output in outputs]
         if self.workspace:
             workspace = torch.empty(self.workspace, dtype=torch.uint8, device=device)
@@ -181,7 +209,7 @@ class _Plan(NamedTuple):
         stream = driver.active.get_current_stream(device.index)
         for launch in self.launches:
             launch.run(stream, starts)
-        return outputs
+        return self.result(outputs)
 
 
 @dataclass(slots=True)
@@ -241,14 +269,16 @@ class _Recording(TorchDispatchMode):
             self._obstacle = self._obstacle or name
         return result
 
-    def plan(self, outputs: Sequence[Tensor]) -> _Plan | None:
+    def plan(self, result: Any) -> _Plan | None:
         """How to repeat what was noted, None where that cannot be."""
         try:
-            return self._plan(outputs)
+            if isinstance(result, Tensor):
+                return self._plan([result], itemgetter(0))
+            return self._plan(result, getattr(type(result), "_make", tuple))
         except _Unrepeatable:
             return None
 
-    def _plan(self, outputs: Sequence[Tensor]) -> _Plan:
+    def _plan(self, outputs: Sequence[Tensor], result: Callable[[list[Tensor]], Any]) -> _Plan:
         if self._obstacle:
             raise _Unrepeatable(self._obstacle)
         returned = [_Memory(x.data_ptr(), x.numel() * x.element_size()) for x in outputs]
@@ -276,6 +306,7 @@ class _Recording(TorchDispatchMode):
         return _Plan(
             [_launch(*noted, pieces) for noted in self._launches],
             [(output.shape, output.dtype) for output in outputs],
+            result,
             workspace,
             zeros,
             self._device,

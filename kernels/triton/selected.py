@@ -29,7 +29,6 @@ from nsa_port.kernels.triton.host import (
     cdiv,
     launch_options,
     next_power_of_2,
-    on_device_of,
     split_arguments,
     split_head,
     strides,
@@ -37,6 +36,7 @@ from nsa_port.kernels.triton.host import (
 )
 from nsa_port.kernels.triton.interval import hopper_values
 from nsa_port.kernels.triton.lists import block_keys, block_lists, load_work
+from nsa_port.kernels.triton.replay import repeats
 from nsa_port.kernels.triton.sharing import COUNTS, FIELDS, most_queries, share_blocks
 from nsa_port.kernels.triton.splitting import Merge, Splits, merge_splits, split_keys, split_range
 from nsa_port.kernels.triton.tiles import LOG2_E as LOG2_E_DEVICE
@@ -50,6 +50,7 @@ SMALL_GROUP_BYTES = 2**31
 large groups' queries, which many blocks gather, would no longer stay in the cache."""
 
 
+@repeats
 def selected_attention(
     q: Tensor,
     k: Tensor,
@@ -60,9 +61,8 @@ def selected_attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """One softmax over all visible tokens of the chosen blocks (Eq. 11, 12). `out, lse`."""
-    with on_device_of(q):
-        bounds = query_bounds(Kind.CAUSAL, q.shape[1], k.shape[1], config, layout, q.device)
-        return attend_selected(q, k, v, indices, bounds, config, layout, scale)
+    bounds = query_bounds(Kind.CAUSAL, q.shape[1], k.shape[1], config, layout, q.device)
+    return attend_selected(q, k, v, indices, bounds, config, layout, scale)
 
 
 def attend_selected(

@@ -34,11 +34,13 @@ from nsa_port.kernels.triton.host import (
 )
 from nsa_port.kernels.triton.lists import block_keys, block_lists, block_rows, load_work
 from nsa_port.kernels.triton.preparation import backward_rows
+from nsa_port.kernels.triton.replay import repeats
 from nsa_port.kernels.triton.selected import query_chunk
 from nsa_port.kernels.triton.sums import sum_parts
 from nsa_port.kernels.triton.tiles import dot, dot_split, load_rows, store_rows
 
 
+@repeats
 def selected_attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -55,12 +57,9 @@ def selected_attention_backward(
     """Gradients of `selected_attention`. `dq, dk, dv`, contiguous, in their inputs' dtypes."""
     T, S = q.shape[1], k.shape[1]
     grad_out = last_contiguous(grad_out)
-    with on_device_of(q):
-        bounds = query_bounds(Kind.CAUSAL, T, S, config, layout, q.device)
-        stats = backward_rows(grad_out, grad_lse, out, lse, by_head=False)
-        return selected_gradients(
-            (grad_out, *stats), q, k, v, indices, bounds, config, layout, scale
-        )
+    bounds = query_bounds(Kind.CAUSAL, T, S, config, layout, q.device)
+    stats = backward_rows(grad_out, grad_lse, out, lse, by_head=False)
+    return selected_gradients((grad_out, *stats), q, k, v, indices, bounds, config, layout, scale)
 
 
 def selected_gradients(

@@ -32,12 +32,12 @@ from nsa_port.kernels.triton.host import (
     last_contiguous,
     launch_options,
     next_power_of_2,
-    on_device_of,
     split_head,
     strides,
     tuned,
 )
 from nsa_port.kernels.triton.interval import hopper_values
+from nsa_port.kernels.triton.replay import repeats
 from nsa_port.kernels.triton.scores import _block_scores_kernel, _few_scores_kernel
 from nsa_port.kernels.triton.tiles import LARGEST, count_bits, count_bits_of_four
 
@@ -155,6 +155,7 @@ def _compile_every_width(
         _top_blocks_kernel.warmup(*arguments, grid=(1, 1), **form, **_width(width, held))
 
 
+@repeats
 def select_blocks(
     q: Tensor,
     k_cmp: Tensor,
@@ -170,10 +171,9 @@ def select_blocks(
     `choose` is for a kernel of another folder in place of `choose_blocks`.
     """
     T, C = q.shape[1], k_cmp.shape[1]
-    with on_device_of(q):
-        visible = query_bounds(Kind.COMPRESSED, T, C, config, layout, q.device)
-        causal = query_bounds(Kind.CAUSAL, T, layout.num_keys, config, layout, q.device)
-        return blocks_of(q, k_cmp, lse, visible, causal, config, layout, scale, choose=choose)
+    visible = query_bounds(Kind.COMPRESSED, T, C, config, layout, q.device)
+    causal = query_bounds(Kind.CAUSAL, T, layout.num_keys, config, layout, q.device)
+    return blocks_of(q, k_cmp, lse, visible, causal, config, layout, scale, choose=choose)
 
 
 def blocks_of(

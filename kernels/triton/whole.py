@@ -17,11 +17,11 @@ from nsa_port.kernels.geometry import Layout, NSAConfig
 from nsa_port.kernels.results import WholeForward
 from nsa_port.kernels.triton.bounds import all_bounds
 from nsa_port.kernels.triton.combining import combine, combine_splits
-from nsa_port.kernels.triton.host import last_contiguous, on_device_of
+from nsa_port.kernels.triton.host import last_contiguous
 from nsa_port.kernels.triton.interval import hopper_values, interval_attention
 from nsa_port.kernels.triton.interval_backward import BackwardRows, interval_backward
 from nsa_port.kernels.triton.preparation import gated_rows
-from nsa_port.kernels.triton.replay import repeated
+from nsa_port.kernels.triton.replay import repeats
 from nsa_port.kernels.triton.selected import attend_selected
 from nsa_port.kernels.triton.selected_backward import selected_gradients
 from nsa_port.kernels.triton.selection import blocks_of
@@ -32,6 +32,7 @@ _FEWEST_DENSE = 16
 """Queries from which on dense attention takes the place of a selection that leaves nothing out."""
 
 
+@repeats
 def nsa_attention(
     q: Tensor,
     k_cmp: Tensor,
@@ -54,46 +55,6 @@ def nsa_attention(
 
     The keyword arguments are for kernels of another folder in place of the ones here.
     """
-    tensors = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
-    others = (config, layout, scale, needs_grad, blocks_of, attend_selected, combine)
-    with on_device_of(q):
-        return WholeForward(*_run(_forward, q, layout, tensors, others))
-
-
-def _run(
-    function: Callable[..., tuple[Tensor, ...]],
-    q: Tensor,
-    layout: Layout,
-    tensors: tuple[Tensor, ...],
-    others: tuple[Any, ...],
-) -> tuple[Tensor, ...]:
-    """`function(*tensors, *others)`, repeated where it may come again as it is.
-
-    Decoding has other lengths each time. Packed sequences need more than launches.
-    """
-    if layout.packed or layout.positions is not None or q.shape[1] < _FEWEST_DENSE:
-        return function(*tensors, *others)
-    return repeated(function, tensors, *others)
-
-
-def _forward(
-    q: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    k_slc: Tensor,
-    v_slc: Tensor,
-    k_win: Tensor,
-    v_win: Tensor,
-    gates: Tensor,
-    config: NSAConfig,
-    layout: Layout,
-    scale: float,
-    needs_grad: bool,
-    blocks_of: Callable[..., Tensor],
-    attend_selected: Callable[..., tuple[Tensor, Tensor]],
-    combine: Callable[..., Tensor],
-) -> tuple[Tensor, ...]:
-    """`nsa_attention` on the current device."""
     rows = (q.shape[1], k_slc.shape[1], k_cmp.shape[1])
     causal, window, visible = all_bounds(*rows, config, layout, q.device)
     lse = torch.empty((3, *q.shape[:3]), dtype=torch.float32, device=q.device)
@@ -115,7 +76,8 @@ def _forward(
         )
         slc, win = parts
         out = combine_splits(o_cmp, slc, win, gates)
-        return out, *(q.new_empty(0) for _ in range(3)), lse, indices
+        o_cmp, o_slc, o_win = (q.new_empty(0) for _ in range(3))
+        return WholeForward(out, o_cmp, o_slc, o_win, lse, indices)
     if _all_are_chosen(q, config, layout):
         o_slc, _ = interval_attention(q, k_slc, v_slc, causal, layout, scale, lse=lse_slc)
     else:
@@ -137,7 +99,7 @@ def _forward(
         out = combine(o_cmp, o_slc, o_win, gates)
     if not needs_grad:
         o_cmp, o_slc, o_win = (q.new_empty(0) for _ in range(3))
-    return out, o_cmp, o_slc, o_win, lse, indices
+    return WholeForward(out, o_cmp, o_slc, o_win, lse, indices)
 
 
 def _all_are_chosen(q: Tensor, config: NSAConfig, layout: Layout) -> bool:
@@ -149,6 +111,7 @@ def _all_are_chosen(q: Tensor, config: NSAConfig, layout: Layout) -> bool:
     return chosen and q.shape[1] >= _FEWEST_DENSE
 
 
+@repeats
 def nsa_attention_backward(
     grad: Tensor,
     q: Tensor,
@@ -165,32 +128,8 @@ def nsa_attention_backward(
     scale: float,
 ) -> tuple[Tensor, ...]:
     """`dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates`."""
+    _, o_cmp, o_slc, o_win, lse, indices = saved
     grad = last_contiguous(grad)
-    tensors = (grad, q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, *saved[1:])
-    with on_device_of(q):
-        return _run(_backward, q, layout, tensors, (config, layout, scale))
-
-
-def _backward(
-    grad: Tensor,
-    q: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    k_slc: Tensor,
-    v_slc: Tensor,
-    k_win: Tensor,
-    v_win: Tensor,
-    gates: Tensor,
-    o_cmp: Tensor,
-    o_slc: Tensor,
-    o_win: Tensor,
-    lse: Tensor,
-    indices: Tensor,
-    config: NSAConfig,
-    layout: Layout,
-    scale: float,
-) -> tuple[Tensor, ...]:
-    """`nsa_attention_backward` on the current device."""
     rows = (q.shape[1], k_slc.shape[1], k_cmp.shape[1])
     causal, window, visible = all_bounds(*rows, config, layout, q.device)
     dense = _all_are_chosen(q, config, layout)
