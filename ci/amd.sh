@@ -4,13 +4,14 @@
 #   ci/amd.sh [FOLDER]    the report's folder, by default amd-report; packed as FOLDER.tar.gz
 # PYTHON names an interpreter that has torch for ROCm and the Triton that came with it (python3);
 # both are used as they are. VENV is the environment made over it (.venv-amd), STEPS which of
-# "facts suite operators tune tuned bench" to run, LEVEL the suite's (5), LIMIT seconds a step (7200).
-# A step that fails is told in the report and does not stop the others; fails if the suite does.
+# "facts suite operators random tune tuned bench" to run, LEVEL the suite's (5), LIMIT seconds a step
+# (7200). A step that fails is told in the report and does not stop the others; fails if results are
+# wrong.
 # Without a GPU, NSA_PORT_EMULATE=gfx942 STEPS="facts suite" LEVEL=0 tries the script itself.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 report=${1:-amd-report}
-steps=" ${STEPS:-facts suite operators tune tuned bench} "
+steps=" ${STEPS:-facts suite operators random tune tuned bench} "
 venv=${VENV:-.venv-amd} level=${LEVEL:-5} limit=${LIMIT:-7200} failed=0
 unset TRITON_INTERPRET NSA_PORT_BACKEND NSA_PORT_TABLES
 
@@ -76,6 +77,9 @@ if wanted suite; then
 fi
 if wanted operators; then
   step operators python -m pytest -q -p no:cacheprovider tests/triton_operators.py || failed=1
+fi
+if wanted random; then
+  step random python ci/random_calls.py --backend rocm --seconds 600 || failed=1
 fi
 if wanted tune; then
   arch=$(python -c "import torch

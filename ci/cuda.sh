@@ -3,13 +3,13 @@
 # it next to its targets and to dense attention. Everything is written to a folder.
 #   ci/cuda.sh [FOLDER]    the report's folder, by default cuda-report
 # PYTHON names an interpreter with torch, triton, numpy, pytest and pytest-xdist (python3), JOBS over
-# how many processes the suite and the operators' tests are spread (8), STEPS which of "facts first
-# suite operators sanitizer targets bench tune" to run, LEVEL the suite's (5). A step that fails does
-# not stop the others; fails if one does.
+# how many processes the suite, the operators' tests and random calls are spread (8), STEPS which of
+# "facts first suite operators random sanitizer targets bench tune" to run, LEVEL the suite's (5). A
+# step that fails does not stop the others; fails if one does.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 report=${1:-cuda-report}
-steps=" ${STEPS:-facts first suite operators sanitizer targets bench tune} "
+steps=" ${STEPS:-facts first suite operators random sanitizer targets bench tune} "
 python=${PYTHON:-python3} failed=0
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 unset TRITON_INTERPRET NSA_PORT_BACKEND NSA_PORT_TABLES
@@ -33,6 +33,7 @@ rm -rf "$cold"
 step suite "$python" -m nsa_port conformance --backend cuda --level "${LEVEL:-5}" \
   --jobs "${JOBS:-8}" --out "$report/suite"
 step operators "$python" -m pytest -q -n "${JOBS:-8}" -p no:cacheprovider tests/triton_operators.py
+step random "$python" ci/random_calls.py --backend cuda --jobs "${JOBS:-8}"
 # Small shapes of every kernel: the sanitizer is a hundred times slower.
 small="the_whole_and_its_gradients and (packed or holes or group_of_5)"
 small="$small or programs_of_many_tiles"
