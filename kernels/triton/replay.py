@@ -191,20 +191,20 @@ class _Plan(NamedTuple):
     """A call: its launches in order, and the memory that they need."""
 
     launches: list[_Launch]
-    outputs: list[tuple[torch.Size, torch.dtype]]
+    outputs: list[tuple[Callable[..., Tensor], torch.Size, torch.dtype]]
     result: Callable[[list[Tensor]], Any]
     workspace: int
-    zeros: int
+    cleared: int
     device: torch.device
 
     def repeat(self, addresses: list[int]) -> Any:
         device = self.device
-        outputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.outputs]
+        outputs = [make(shape, dtype=dtype, device=device) for make, shape, dtype in self.outputs]
         starts = addresses + [output.data_ptr() for output in outputs]
         if self.workspace:
             workspace = torch.empty(self.workspace, dtype=torch.uint8, device=device)
-            if self.zeros:
-                workspace[: self.zeros].zero_()
+            if self.cleared:
+                workspace[: self.cleared].zero_()
             starts.append(workspace.data_ptr())
         stream = driver.active.get_current_stream(device.index)
         for launch in self.launches:
@@ -287,16 +287,16 @@ class _Recording(TorchDispatchMode):
             if memory.size and not (whole and output.is_contiguous()):
                 raise _Unrepeatable("a result is a part of something")
         starts = {memory.start for memory in returned if memory.size}
-        if any(memory.zero and memory.start in starts for memory in self._allocated):
-            raise _Unrepeatable("a result starts as zeros")
+        zeros = {memory.start for memory in self._allocated if memory.zero}
+        made = [torch.zeros if memory.start in zeros else torch.empty for memory in returned]
         # What has to start as zeros lies at the front of the workspace.
         temporary = [memory for memory in self._allocated if memory.start not in starts]
         temporary.sort(key=lambda memory: not memory.zero)
-        offsets, workspace, zeros = [], 0, 0
+        offsets, workspace, cleared = [], 0, 0
         for memory in temporary:
             offsets.append(workspace)
             workspace += -(-memory.size // _ALIGNMENT) * _ALIGNMENT
-            zeros = workspace if memory.zero else zeros
+            cleared = workspace if memory.zero else cleared
         pieces = [(memory, _Place(i, 0)) for i, memory in enumerate(self._given + returned)]
         i_workspace = len(pieces)
         pieces += [
@@ -305,10 +305,10 @@ class _Recording(TorchDispatchMode):
         ]
         return _Plan(
             [_launch(*noted, pieces) for noted in self._launches],
-            [(output.shape, output.dtype) for output in outputs],
+            [(make, x.shape, x.dtype) for make, x in zip(made, outputs, strict=True)],
             result,
             workspace,
-            zeros,
+            cleared,
             self._device,
         )
 
