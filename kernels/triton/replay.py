@@ -107,9 +107,10 @@ def _may_repeat(tensor: Tensor) -> bool:
 
 def _may_come_again(first: Tensor, args: tuple[Any, ...]) -> bool:
     """Decoding has other lengths each time, and packed sequences need more than launches."""
+    if first.shape[1] < _FEWEST_QUERIES:
+        return False
     layouts = (x for x in args if isinstance(x, Layout))
-    dense = all(not layout.packed and layout.positions is None for layout in layouts)
-    return dense and first.shape[1] >= _FEWEST_QUERIES
+    return all(not layout.packed and layout.positions is None for layout in layouts)
 
 
 _UNSEEN, _SEEN = object(), object()

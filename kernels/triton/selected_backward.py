@@ -26,7 +26,6 @@ from nsa_port.kernels.triton.host import (
     last_contiguous,
     launch_options,
     next_power_of_2,
-    on_device_of,
     split_arguments,
     split_head,
     strides,
@@ -76,7 +75,8 @@ def selected_gradients(
     gate: Tensor | None = None,
     dq: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`dq, dk, dv` of attention over the blocks `indices`, from what is known of each row.
+    """`dq, dk, dv` of attention over the blocks `indices`, from what is known of each row, on the
+    current device.
 
     Args:
         grad_rows: `grad_out`, whose last dimension is contiguous, and `lse_log2` and `delta` of
@@ -97,112 +97,111 @@ def selected_gradients(
     dv = torch.zeros((1, B, S, HK, Dv), dtype=torch.float32, device=v.device)
     if dq.numel() == 0:
         return dq, dk[0].to(k.dtype), dv[0].to(v.dtype)
-    with on_device_of(q):
-        rows = block_rows(indices, bounds, config.select_block_size)
-        values = tuned(arch_of(q), "selected_backward", q.element_size(), Dk, Dv)
-        # As many rows in a program for small groups as for 16 heads, whose the table's values are.
-        segment = values["segment"] * max(1, 16 // G)
-        block_n = min(values["BLOCK_N"], max(16, next_power_of_2(config.select_block_size)))
-        parts = cdiv(config.select_block_size, block_n)
-        chunk = query_chunk(T, B * H * n * parts * Dk * q.element_size())
-        partial_dq = torch.empty((chunk, B, HK, n * parts, G, Dk), dtype=q.dtype, device=q.device)
-        # Lists of more than one segment have less than two segments per `segment` entries.
-        segments = 2 * (B * chunk * HK * n // segment)
-        partial_shape = (segments * parts * block_n, Dk + Dv)
-        partial_dkdv = torch.empty(partial_shape, dtype=torch.float32, device=q.device)
-        cu_keys = None if layout.cu_seqlens_k is None else layout.cu_seqlens_k.contiguous()
-        sequences = 1 if cu_keys is None else cu_keys.shape[0] - 1
-        sizes = {
-            "SLOTS": n,
-            "SELECT": config.select_block_size,
-            "PARTS": parts,
-            "SEGMENT": segment,
-            "BLOCK_N": block_n,
-        }
-        kernel, tensors, constants = _kernel_for(values, block_n, grad_out, q, v, partial_dq)
-        every = block_lists(rows, bounds, S, sequences, config.select_block_size, chunk, segment)
-        for first, count, lists in every:
-            kernel[(lists.work * parts,)](
-                *tensors[:2],
-                k,
-                v,
-                lse_log2,
-                delta,
-                gate,
-                rows,
-                bounds.upper,
-                bounds.sequence,
-                cu_keys,
-                lists.entries,
-                lists.starts,
-                lists.counts,
-                lists.segment_ends,
-                lists.work_bins,
-                lists.long_ends,
-                tensors[2],
-                partial_dkdv,
-                dk,
-                dv,
-                scale * LOG2_E,
-                scale,
-                first,
-                T,
-                S,
-                B,
-                HK,
-                lists.blocks,
-                lists.bins,
-                bounds.stride,
-                *strides(grad_out),
-                *strides(q),
-                *strides(k),
-                *strides(v),
-                G=G,
-                **sizes,
-                **constants,
-            )
-            _add_segments_kernel[(lists.bins * parts,)](
-                partial_dkdv,
-                rows,
-                bounds.sequence,
-                cu_keys,
-                lists.entries,
-                lists.starts,
-                lists.counts,
-                lists.long_ends,
-                dk,
-                dv,
-                first,
-                T,
-                S,
-                HK,
-                lists.blocks,
-                bounds.stride,
-                **sizes,
-                DIM_K=Dk,
-                DIM_V=Dv,
-                WIDTH_K=next_power_of_2(Dk),
-                WIDTH_V=next_power_of_2(Dv),
-                num_warps=8,
-            )
-            _sum_dq_kernel[(count * B * HK,)](
-                partial_dq,
-                rows,
-                dq,
-                first,
-                T,
-                B,
-                HK,
-                G=G,
-                HEADS=next_power_of_2(G),
-                SLOTS=n,
-                PARTS=parts,
-                DIM_K=Dk,
-                WIDTH=next_power_of_2(Dk),
-                ADD=add_dq,
-                num_warps=4,
-            )
-        return dq, *sum_parts(dk, dv, k.dtype)
+    rows = block_rows(indices, bounds, config.select_block_size)
+    values = tuned(arch_of(q), "selected_backward", q.element_size(), Dk, Dv)
+    # As many rows in a program for small groups as for 16 heads, whose the table's values are.
+    segment = values["segment"] * max(1, 16 // G)
+    block_n = min(values["BLOCK_N"], max(16, next_power_of_2(config.select_block_size)))
+    parts = cdiv(config.select_block_size, block_n)
+    chunk = query_chunk(T, B * H * n * parts * Dk * q.element_size())
+    partial_dq = torch.empty((chunk, B, HK, n * parts, G, Dk), dtype=q.dtype, device=q.device)
+    # Lists of more than one segment have less than two segments per `segment` entries.
+    segments = 2 * (B * chunk * HK * n // segment)
+    partial_shape = (segments * parts * block_n, Dk + Dv)
+    partial_dkdv = torch.empty(partial_shape, dtype=torch.float32, device=q.device)
+    cu_keys = None if layout.cu_seqlens_k is None else layout.cu_seqlens_k.contiguous()
+    sequences = 1 if cu_keys is None else cu_keys.shape[0] - 1
+    sizes = {
+        "SLOTS": n,
+        "SELECT": config.select_block_size,
+        "PARTS": parts,
+        "SEGMENT": segment,
+        "BLOCK_N": block_n,
+    }
+    kernel, tensors, constants = _kernel_for(values, block_n, grad_out, q, v, partial_dq)
+    every = block_lists(rows, bounds, S, sequences, config.select_block_size, chunk, segment)
+    for first, count, lists in every:
+        kernel[(lists.work * parts,)](
+            *tensors[:2],
+            k,
+            v,
+            lse_log2,
+            delta,
+            gate,
+            rows,
+            bounds.upper,
+            bounds.sequence,
+            cu_keys,
+            lists.entries,
+            lists.starts,
+            lists.counts,
+            lists.segment_ends,
+            lists.work_bins,
+            lists.long_ends,
+            tensors[2],
+            partial_dkdv,
+            dk,
+            dv,
+            scale * LOG2_E,
+            scale,
+            first,
+            T,
+            S,
+            B,
+            HK,
+            lists.blocks,
+            lists.bins,
+            bounds.stride,
+            *strides(grad_out),
+            *strides(q),
+            *strides(k),
+            *strides(v),
+            G=G,
+            **sizes,
+            **constants,
+        )
+        _add_segments_kernel[(lists.bins * parts,)](
+            partial_dkdv,
+            rows,
+            bounds.sequence,
+            cu_keys,
+            lists.entries,
+            lists.starts,
+            lists.counts,
+            lists.long_ends,
+            dk,
+            dv,
+            first,
+            T,
+            S,
+            HK,
+            lists.blocks,
+            bounds.stride,
+            **sizes,
+            DIM_K=Dk,
+            DIM_V=Dv,
+            WIDTH_K=next_power_of_2(Dk),
+            WIDTH_V=next_power_of_2(Dv),
+            num_warps=8,
+        )
+        _sum_dq_kernel[(count * B * HK,)](
+            partial_dq,
+            rows,
+            dq,
+            first,
+            T,
+            B,
+            HK,
+            G=G,
+            HEADS=next_power_of_2(G),
+            SLOTS=n,
+            PARTS=parts,
+            DIM_K=Dk,
+            WIDTH=next_power_of_2(Dk),
+            ADD=add_dq,
+            num_warps=4,
+        )
+    return dq, *sum_parts(dk, dv, k.dtype)
 
 
 def _kernel_for(
