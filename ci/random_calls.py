@@ -27,18 +27,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nsa_port import environment
 from nsa_port.backends.interface import Backend
 from nsa_port.conformance import hold
-from nsa_port.conformance.case import (
-    REQUIRED,
-    Context,
-    backend_named,
-    default_device,
-    stand_in,
-)
+from nsa_port.conformance.case import REQUIRED, Context, backend_named, default_device
 from nsa_port.conformance.inputs import NAMES, Inputs, Shape, like, make, run
 from nsa_port.conformance.poison import uninitialised_memory_is_nan
 from nsa_port.kernels.geometry import NSAConfig
+from nsa_port.tune.trial import is_dead
 
 DIMS = (
     *[(128, 128)] * 6, *[(192, 128)] * 4, *[(64, 64)] * 3,
@@ -89,8 +85,8 @@ def draw_shape(pick: random.Random, limits: Limits) -> Shape:
     def length() -> int:
         return int(math.exp(pick.uniform(0, math.log(limits.tokens))))
 
-    T = pick.choice([x for x in EDGES if x <= limits.tokens] or [1]) if pick.random() < 0.2 else 0
-    T = T or length()
+    edges = [x for x in EDGES if x <= limits.tokens]
+    T = pick.choice(edges) if edges and pick.random() < 0.2 else length()
     S = T if pick.random() < 0.6 else T + length()
     lengths = draw_lengths(pick, T) if pick.random() < 0.35 else ()
     if lengths:
@@ -176,7 +172,7 @@ def try_one(seed: int, chosen: Backend, limits: Limits) -> Tried:
     device = default_device(chosen)
     context = Context(chosen, device)
     # Triton's interpreter is wrong for bfloat16.
-    interpreted = stand_in(chosen, device) == "Triton's interpreter"
+    interpreted = environment.probe(device).interpreter
     dtypes = [x for x in REQUIRED if not (interpreted and x == torch.bfloat16)]
     inputs = draw(seed, device, dtypes, limits)
     context.dtype = inputs.q.dtype
@@ -186,21 +182,12 @@ def try_one(seed: int, chosen: Backend, limits: Limits) -> Tried:
         return Tried(seed, is_held=False)
     except Exception as error:
         text = f"{type(error).__name__}: {str(error)[:500]}"
-        return Tried(seed, f"{described(inputs)}\n  {text}", device_works=_still_works(device))
+        return Tried(seed, f"{described(inputs)}\n  {text}", device_works=not is_dead(device))
     broken = [
         f"{m.name}: {m.error:.3g} > {m.budget:.3g}" for m in context.measurements if not m.holds
     ]
     found = [*context.failures, *broken]
     return Tried(seed, f"{described(inputs)}\n  {'; '.join(found[:5])}" if found else "")
-
-
-def _still_works(device: torch.device) -> bool:
-    """After an illegal access nothing does."""
-    try:
-        torch.zeros(1, device=device).item()
-    except Exception:  # torch's class for it differs between versions
-        return False
-    return True
 
 
 def try_many(first: int, step: int, seconds: float, backend: str, limits: Limits) -> list[Tried]:

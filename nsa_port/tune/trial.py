@@ -124,7 +124,7 @@ def try_candidate(job: Job, kernel: str, values: Values, against_table: bool) ->
                 return Verdict(out=cost)
             costs[name] = cost
     except Exception as error:  # whatever goes wrong on the device takes the candidate out
-        return Verdict(out=_first_line(error), fatal=_is_dead(job.device))
+        return Verdict(out=_first_line(error), fatal=is_dead(job.device))
     return Verdict(costs)
 
 
@@ -185,7 +185,7 @@ def _device_of(job: Job) -> Iterator[None]:
         yield
 
 
-def _is_dead(device: str) -> bool:
+def is_dead(device: str | torch.device) -> bool:
     """Whether an error has taken the device's context with it, as an illegal access does."""
     if torch.device(device).type == "cpu":
         return False
