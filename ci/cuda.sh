@@ -49,5 +49,6 @@ step bench "$python" -m nsa_port bench --backend cuda --shapes A2 --lengths 8192
 mkdir -p "$report/tables"
 step tune env -C "$report/tables" "$python" -m nsa_port tune --backend cuda \
   --kernels interval_forward --length 8192
-step tune-taken env NSA_PORT_TABLES="$report/tables" "$python" -m nsa_port info
+NSA_PORT_TABLES=$report/tables step tune-taken bash -o pipefail -c \
+  '"$0" -m nsa_port info | grep "^tables .*/tables/"' "$python"
 exit "$failed"
