@@ -53,11 +53,16 @@ def every_kernel_of_every_table() -> list[tuple[str, str]]:
     return [(arch, kernel) for arch in archs for kernel in tables.shipped_table(arch)]
 
 
+def maker_of(arch: str) -> str:
+    """The backend that an architecture's table is for."""
+    return "rocm" if "gfx" in arch else "cuda"
+
+
 @pytest.mark.parametrize(("arch", "kernel"), every_kernel_of_every_table())
 def test_every_tuned_kernel_has_candidates_that_its_table_could_hold(
     arch: str, kernel: str
 ) -> None:
-    maker = "rocm" if "gfx" in arch else "cuda"
+    maker = maker_of(arch)
     for entry in tables.shipped_table(arch)[kernel]:
         shipped = tables.values_of(entry)
         found = list(candidates(kernel, maker, shipped))
@@ -71,7 +76,7 @@ def test_every_tuned_kernel_has_candidates_that_its_table_could_hold(
 def test_whatever_wins_is_an_entry_that_the_library_takes(
     arch: str, kernel: str, tmp_path: Path
 ) -> None:
-    maker = "rocm" if "gfx" in arch else "cuda"
+    maker = maker_of(arch)
     entries = [
         {"element_size": 2, "head_dim": 128, "exact_dims": [[128, 128]], **values}
         for entry in tables.shipped_table(arch)[kernel]
@@ -195,12 +200,11 @@ def test_candidates_that_cannot_run_well_are_out_before_they_run() -> None:
 )
 def test_the_calls_of_a_kernel_launch_it(arch: str, kernel: str) -> None:
     pytest.importorskip("triton")
-    maker = "rocm" if "gfx" in arch else "cuda"
-    chosen = backend_named(maker)
+    maker = maker_of(arch)
     job = dataclasses.replace(
         JOB,
         backend=maker,
-        module=chosen.kernels["selected_attention"],
+        module=backend_named(maker).kernels["selected_attention"],
         arch=arch,
         # AMD's tiles of several queries are for groups that do not fill one.
         heads=parse_heads("16,4,128,128" if kernel == "selected_by_tile" else "64,4,128,128"),
